@@ -1,0 +1,70 @@
+"""Attention with a terrain bias: the engines, one file each, and the choice between them."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from climax_elevation.attention.dense import dense_attention
+from climax_elevation.attention.sdpa import sdpa_attention
+from climax_elevation.bias.base import ElevationBias
+from climax_elevation.errors import InputError
+
+Engine = Callable[[Tensor, Tensor, Tensor, ElevationBias, tuple[Tensor, ...], float, float], Tensor]
+
+ENGINES: dict[str, Engine] = {"dense": dense_attention, "sdpa": sdpa_attention}
+
+
+def check_engine(name: str) -> None:
+    """Raise InputError unless `name` is an engine or "auto"."""
+    if name not in (*ENGINES, "auto"):
+        raise InputError(f"unknown engine {name!r}; available: 'auto', {', '.join(map(repr, ENGINES))}")
+
+
+def choose_engine(name: str) -> str:
+    """The engine that `name` stands for; "auto" is "sdpa", the faster of the two at every length."""
+    check_engine(name)
+    return "sdpa" if name == "auto" else name
+
+
+def biased_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: ElevationBias,
+    inputs: tuple[Tensor, ...],
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    engine: str = "auto",
+) -> Tensor:
+    """Attention with an additive bias, before softmax.
+
+        softmax(scale * q k^T + b) v,    b = bias(*inputs)
+
+    Args:
+        q, k, v: Queries, keys and values, `[B, H, L, d]`.
+        bias: Gives b, `[B or 1, H or 1, L, L]`; computed with autocast off, in float32 or wider.
+        inputs: The arguments of `bias.forward`.
+        scale: Factor of the logits; 1 / sqrt(d) where it is not given.
+        dropout_p: Probability that an attention weight is dropped.
+        engine: "dense" (plain operations, the reference), "sdpa" (torch's fused attention) or "auto".
+
+    Returns:
+        `[B, H, L, d]` in v's type.
+
+    Raises:
+        InputError: For an unknown engine, or inputs whose shapes do not match.
+    """
+    if q.dim() != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
+        raise InputError(
+            "q, k and v are [batch, heads, tokens, head width] of one shape, not "
+            f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    for given in inputs:
+        if given.shape[0] not in (1, q.shape[0]) or given.shape[1] != q.shape[2]:
+            raise InputError(
+                f"the bias's inputs are [{q.shape[0]} or 1, {q.shape[2]} tokens, ...], not {list(given.shape)}"
+            )
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return ENGINES[choose_engine(engine)](q, k, v, bias, inputs, scale, dropout_p)

@@ -1,0 +1,212 @@
+"""Transformer blocks with a terrain bias, made from the host's own submodules."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from climax_elevation.attention import biased_attention, check_engine
+from climax_elevation.bias import ElevationBias, PhysicsBias
+from climax_elevation.errors import InputError
+from climax_elevation.terrain import Terrain
+
+BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
+ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
+
+
+class BiasedAttention(nn.Module):
+    """Multi-head self-attention with a terrain bias; every other part is taken over from `host`.
+
+    Keys are timm's `Attention`'s, and `bias.*`.
+    """
+
+    qkv: nn.Module
+    attn_drop: nn.Dropout
+    proj: nn.Module
+    proj_drop: nn.Module
+
+    def __init__(self, host: nn.Module, bias: ElevationBias, engine: str = "auto") -> None:
+        super().__init__()
+        check_engine(engine)
+        for name, part in host.named_children():
+            self.add_module(name, part)
+        self.num_heads: int = host.num_heads  # type: ignore[assignment]
+        self.scale: float = host.scale  # type: ignore[assignment]
+        self.bias = bias
+        self.engine = engine
+
+    def forward(self, x: Tensor, bias_inputs: tuple[Tensor, ...]) -> Tensor:
+        """softmax(q k^T * scale + b) v of tokens `[B, L, D]`; `bias_inputs` are `bias.forward`'s arguments."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = (self._part("q_norm", q).to(v.dtype), self._part("k_norm", k).to(v.dtype))
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        x = biased_attention(q, k, v, self.bias, bias_inputs, scale=self.scale, dropout_p=dropout_p, engine=self.engine)
+        x = self._part("norm", x.transpose(1, 2).flatten(2))
+        return self.proj_drop(self.proj(x))
+
+    def _part(self, name: str, x: Tensor) -> Tensor:
+        """Apply a part that older versions of timm do not have."""
+        part = self._modules.get(name)
+        return x if part is None else part(x)
+
+
+class TerrainBlock(nn.Module):
+    """A pre-norm transformer block whose attention is biased by terrain.
+
+        x = x + drop_path(layer_scale(attention(norm(x), bias)))
+        x = x + drop_path(layer_scale(mlp(norm(x))))
+
+    Args:
+        host: A timm `Block`, whose submodules are taken over: same objects, same keys.
+        bias: What is added to the attention logits.
+        engine: How; see `biased_attention`.
+    """
+
+    norm1: nn.Module
+    attn: BiasedAttention
+    ls1: nn.Module
+    drop_path1: nn.Module
+    norm2: nn.Module
+    mlp: nn.Module
+    ls2: nn.Module
+    drop_path2: nn.Module
+
+    def __init__(self, host: nn.Module, bias: ElevationBias, engine: str = "auto") -> None:
+        super().__init__()
+        check_host_block(host)
+        for name, part in host.named_children():
+            self.add_module(name, BiasedAttention(part, bias, engine) if name == "attn" else part)
+
+    def terrain_inputs(self, terrain: Terrain) -> dict[str, tuple[Tensor, ...]]:
+        """What `forward` wants of `terrain`, as keyword arguments."""
+        return {"bias_inputs": self.attn.bias.inputs(terrain)}
+
+    def forward(self, x: Tensor, bias_inputs: tuple[Tensor, ...]) -> Tensor:
+        """Tokens `[B, L, D]` to the same shape."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias_inputs)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class PhysicsGuidedBlockCorrected(TerrainBlock):
+    """A timm block with `PhysicsBias` in its attention.
+
+    Keys are timm's `Block`'s, `attn.bias.elevation_alpha` and, with wind, `attn.bias.wind_beta`.
+
+    Args:
+        dim, num_heads, mlp_ratio, qkv_bias, drop, drop_path, norm_layer: As timm's `Block`.
+        alpha_init, beta_init, height_scale_m, wind_threshold_m_s, wind, direction: As `PhysicsBias`.
+        engine: As `biased_attention`.
+
+    Source: elevation_attention_summary.md, approach 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        *,
+        alpha_init: float = 1.0,
+        beta_init: float = 0.3,
+        height_scale_m: float = 1000.0,
+        wind_threshold_m_s: float = 5.0,
+        wind: bool = True,
+        direction: str = "key_above",
+        engine: str = "auto",
+    ) -> None:
+        bias = PhysicsBias(
+            alpha_init=alpha_init,
+            beta_init=beta_init,
+            height_scale_m=height_scale_m,
+            wind_threshold_m_s=wind_threshold_m_s,
+            wind=wind,
+            direction=direction,
+        )
+        host = timm_block(
+            dim,
+            num_heads,
+            mlp_ratio,
+            qkv_bias=qkv_bias,
+            drop=drop,
+            drop_path=drop_path,
+            norm_layer=norm_layer,
+        )
+        super().__init__(host, bias, engine)
+
+    @classmethod
+    def adopt(cls, host: nn.Module, bias: PhysicsBias, engine: str) -> PhysicsGuidedBlockCorrected:
+        """Make one from a host's block, drawing no random number."""
+        block = cls.__new__(cls)
+        TerrainBlock.__init__(block, host, bias, engine)
+        return block
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        elevation_patches: Tensor | None = None,
+        u_wind: Tensor | None = None,
+        v_wind: Tensor | None = None,
+        *,
+        bias_inputs: tuple[Tensor, ...] | None = None,
+    ) -> Tensor:
+        """Tokens to tokens, over terrain.
+
+        Args:
+            x: `[B, L, dim]`.
+            elevation_patches: Patch-mean elevation, `[B or 1, L]`, metres.
+            u_wind, v_wind: Patch-mean wind, `[B or 1, L]`, m/s; required with `wind`, refused without.
+            bias_inputs: Elevation and speed as `PhysicsBias.inputs` gives them, instead of the three above.
+
+        Raises:
+            InputError: If what the bias needs is missing or of another shape; never plain attention.
+        """
+        if bias_inputs is None:
+            bias_inputs = self._bias_inputs(elevation_patches, u_wind, v_wind)
+        elif not (elevation_patches is u_wind is v_wind is None):
+            raise InputError("the block takes elevation and wind, or bias_inputs, not both")
+        return super().forward(x, bias_inputs)
+
+    def _bias_inputs(self, elevation: Tensor | None, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
+        if elevation is None:
+            raise InputError("the block needs elevation_patches, [batch or 1, tokens] in metres, and got None")
+        if not cast(PhysicsBias, self.attn.bias).wind:
+            if u is not None or v is not None:
+                raise InputError("the block was built with wind=False, and got wind: leave it out")
+            return (elevation,)
+        if u is None or v is None:
+            raise InputError(
+                "the block needs u_wind and v_wind, [batch or 1, tokens] in m/s, and got None; give them, or build "
+                "it with wind=False"
+            )
+        return elevation, torch.hypot(u.float(), v.float())
+
+
+def timm_block(dim: int, num_heads: int, mlp_ratio: float, *, drop: float, **options: Any) -> nn.Module:
+    """timm's `Block`, whose `drop` is called `proj_drop` from 0.9 on."""
+    options["drop" if "drop" in inspect.signature(Block).parameters else "proj_drop"] = drop
+    return Block(dim, num_heads, mlp_ratio, **options)
+
+
+def check_host_block(block: nn.Module) -> None:
+    """Raise InputError unless `block` is built as timm's `Block`, so that taking it over loses nothing."""
+    parts = dict(block.named_children())
+    if set(parts) != BLOCK_PARTS:
+        raise InputError(
+            f"a block is built as timm's Block, of {', '.join(sorted(BLOCK_PARTS))}; {type(block).__name__} has "
+            f"{', '.join(sorted(parts))}"
+        )
+    attention = {name for name, _ in parts["attn"].named_children()}
+    if not {"qkv", "attn_drop", "proj", "proj_drop"} <= attention <= ATTENTION_PARTS:
+        raise InputError(
+            f"a block's attention is built as timm's Attention, of {', '.join(sorted(ATTENTION_PARTS))}; "
+            f"{type(parts['attn']).__name__} has {', '.join(sorted(attention))}"
+        )

@@ -1,0 +1,95 @@
+"""Biases by name: the plugin's own, a user's, and other packages' through entry points."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from climax_elevation.errors import InputError
+
+if TYPE_CHECKING:
+    from climax_elevation.bias.base import ElevationBias
+
+ENTRY_POINT_GROUP = "climax_elevation.biases"
+
+BiasClass = TypeVar("BiasClass", bound="type[ElevationBias]")
+_biases: dict[str, type[ElevationBias]] = {}
+
+
+def register_bias(name: str) -> Callable[[BiasClass], BiasClass]:
+    """Class decorator: make an `ElevationBias` known as `name`.
+
+    Raises:
+        InputError: If the name is taken, or is not made of letters, digits and underscores.
+    """
+
+    def register(bias_class: BiasClass) -> BiasClass:
+        if not name.isidentifier():
+            raise InputError(f"a bias's name is made of letters, digits and underscores, not {name!r}")
+        if name in _biases:
+            raise InputError(
+                f"a bias named {name!r} is registered already ({_biases[name].__module__}."
+                f"{_biases[name].__qualname__}); choose another name"
+            )
+        _biases[name] = bias_class
+        return bias_class
+
+    return register
+
+
+def available_biases() -> tuple[str, ...]:
+    """Names of all registered biases, sorted."""
+    _load_entry_points()
+    return tuple(sorted(_biases))
+
+
+def bias_class(name: str) -> type[ElevationBias]:
+    """The class registered as `name`.
+
+    Raises:
+        InputError: If there is none; the message lists those there are.
+    """
+    names = available_biases()
+    if name not in _biases:
+        raise InputError(f"unknown bias {name!r}; available: {', '.join(repr(known) for known in names)}")
+    return _biases[name]
+
+
+def bias_arguments(name: str) -> tuple[str, ...]:
+    """The keyword arguments that bias `name` takes, `num_heads` aside."""
+    parameters = inspect.signature(bias_class(name)).parameters
+    return tuple(argument for argument in parameters if argument != "num_heads")
+
+
+def build_bias(name: str, *, num_heads: int, **args: Any) -> ElevationBias:
+    """Make the bias registered as `name`.
+
+    Args:
+        name: One of `available_biases()`.
+        num_heads: The host block's heads; passed on when the bias's constructor names it.
+        args: The bias's own arguments.
+
+    Raises:
+        InputError: For an unknown name or argument; the message lists the valid ones.
+    """
+    valid = bias_arguments(name)
+    for argument in args:
+        if argument not in valid:
+            raise InputError(f"unknown argument {argument!r} for bias {name!r}; valid: {', '.join(valid)}")
+    if "num_heads" in inspect.signature(bias_class(name)).parameters:
+        args["num_heads"] = num_heads
+    return bias_class(name)(**args)
+
+
+@cache
+def _load_entry_points() -> None:
+    """Import the plugin's own biases, then register those that other packages declare; once."""
+    import climax_elevation.bias  # noqa: F401  registers on import
+
+    for entry_point in entry_points(group=ENTRY_POINT_GROUP):
+        loaded = entry_point.load()
+        if _biases.get(entry_point.name) is not loaded:  # its module may have registered it itself
+            register_bias(entry_point.name)(loaded)

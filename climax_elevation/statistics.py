@@ -1,0 +1,41 @@
+"""The files beside ClimaX's shards that say how channels were standardised and where pixels lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from climax_elevation.errors import InputError
+from climax_elevation.terrain import TerrainReader
+
+
+def read_folder(reader: TerrainReader, folder: str | Path) -> None:
+    """Give `reader` the statistics, latitudes and longitudes that lie in `folder`.
+
+    Args:
+        reader: Where they go.
+        folder: Has normalize_mean.npz and normalize_std.npz, and may have lat.npy and lon.npy.
+
+    Raises:
+        InputError: If the statistics are absent, or disagree with what the reader knows.
+    """
+    folder = Path(folder)
+    for name in ("normalize_mean.npz", "normalize_std.npz"):
+        if not (folder / name).is_file():
+            raise InputError(f"stats_dir {folder} has no {name}; give the folder that holds it, beside train/ and val/")
+    source = f"stats_dir {folder}"
+    reader.set_statistics(
+        _scalars(folder / "normalize_mean.npz"), _scalars(folder / "normalize_std.npz"), source=source
+    )
+    # a curvilinear grid has its true coordinates in two dimensions, beside lat.npy's means of rows
+    for lat, lon in (("lat2d.npy", "lon2d.npy"), ("lat.npy", "lon.npy")):
+        if (folder / lat).is_file() and (folder / lon).is_file():
+            reader.set_grid(np.load(folder / lat), np.load(folder / lon), source=source)
+            return
+
+
+def _scalars(path: Path) -> dict[str, float]:
+    """One number a variable: the shard format has arrays of shape (1,)."""
+    with np.load(path) as arrays:
+        return {name: float(np.ravel(values)[0]) for name, values in arrays.items()}

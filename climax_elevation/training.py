@@ -1,0 +1,136 @@
+"""What a Lightning run owes the terrain: units from its data module, and scalars that are not decayed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+from pytorch_lightning import Callback, LightningModule, Trainer
+from torch import nn
+from torch.optim import Optimizer
+
+from climax_elevation.bias import ElevationBias
+from climax_elevation.errors import InputError
+from climax_elevation.terrain import TerrainReader
+
+logger = logging.getLogger(__name__)
+
+
+class TerrainCallback(Callback):
+    """Gives a terrain-aware ClimaX what it cannot know: in which units its input was standardised.
+
+    From the data module it takes the mean and standard deviation of the orography and wind channels
+    (`transforms.mean`, `transforms.std` and `hparams.variables`, or the same by source when several are
+    mixed) and the grid (`get_lat_lon()`). It moves the biases' parameters to the optimiser's group
+    without weight decay, and says at the end how far each scalar moved. Where the flag is off it does
+    nothing.
+
+    Raises:
+        InputError: If sources that are mixed standardise a channel differently that the bias reads, if
+            what the data module says disagrees with the config or the checkpoint, or if an optimiser
+            has no group without weight decay.
+    """
+
+    def __init__(self) -> None:
+        self._started: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        datamodule = getattr(trainer, "datamodule", None)
+        for reader in _readers(pl_module):
+            if datamodule is not None:
+                _read_datamodule(reader, datamodule)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # before the optimiser's state is restored, which has to find the same groups again
+        parameters = _bias_parameters(pl_module)
+        for optimizer in trainer.optimizers:
+            exempt_from_decay(optimizer, list(parameters.values()))
+        self._started = _scalars(parameters)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        now = _scalars(_bias_parameters(pl_module))
+        for name, start in self._started.items():
+            logger.info("terrain: %s moved from %.6g to %.6g", name, start, now[name])
+
+
+def exempt_from_decay(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Move `parameters` to the group of `optimizer` that has no weight decay.
+
+    A group of their own would be unknown to the schedules made for the groups that there are.
+
+    Raises:
+        InputError: If one of them is decayed and there is no group without decay at its learning rate.
+    """
+    ids = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        decayed = [parameter for parameter in group["params"] if id(parameter) in ids]
+        if not decayed or not group["weight_decay"]:
+            continue
+        spared = [other for other in optimizer.param_groups if not other["weight_decay"] and other["lr"] == group["lr"]]
+        if not spared:
+            raise InputError(
+                f"terrain scalars must not be decayed, and {type(optimizer).__name__} has no parameter group with "
+                "weight_decay 0 at their learning rate: give it one, or set weight_decay 0"
+            )
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+        spared[0]["params"].extend(decayed)
+
+
+def _readers(module: nn.Module) -> list[TerrainReader]:
+    return [part for part in module.modules() if isinstance(part, TerrainReader)]
+
+
+def _bias_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The biases' parameters, by their name in the model."""
+    return {
+        f"{place}.{name}": parameter
+        for place, part in module.named_modules()
+        if isinstance(part, ElevationBias)
+        for name, parameter in part.named_parameters()
+    }
+
+
+def _scalars(parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+    return {name: parameter.item() for name, parameter in parameters.items() if parameter.numel() == 1}
+
+
+def _read_datamodule(reader: TerrainReader, datamodule: Any) -> None:
+    source = f"the data module {type(datamodule).__name__}"
+    transforms, variables = getattr(datamodule, "transforms", None), _variables(datamodule)
+    if isinstance(transforms, dict):
+        _read_mixed_sources(reader, transforms, variables, source)
+    elif transforms is not None:
+        reader.set_statistics(_by_name(variables, transforms.mean), _by_name(variables, transforms.std), source)
+    if hasattr(datamodule, "get_lat_lon"):
+        lat, lon = datamodule.get_lat_lon()
+        reader.set_grid(np.asarray(lat), np.asarray(lon), source)
+
+
+def _read_mixed_sources(reader: TerrainReader, transforms: dict[str, Any], variables: Any, source: str) -> None:
+    """Several sources share one model: they have to agree on every channel that the terrain is read from."""
+    wanted = {reader.elevation_variable, *(reader.wind_variables or ())}
+    seen: dict[str, tuple[float, float, str]] = {}
+    for key, transform in transforms.items():
+        for name, mean, std in zip(variables[key], transform.mean, transform.std, strict=True):
+            if name not in wanted:
+                continue
+            mean, std = float(mean), float(std)
+            if name in seen and not np.allclose((mean, std), seen[name][:2], rtol=1e-5):
+                raise InputError(
+                    f"{source} mixes {seen[name][2]!r} and {key!r}, which standardise {name!r} differently: give "
+                    "bias_args.elevation_file and wind: false, or train on one source"
+                )
+            seen[name] = (mean, std, key)
+    reader.set_statistics(
+        {name: mean for name, (mean, _, _) in seen.items()}, {name: std for name, (_, std, _) in seen.items()}, source
+    )
+
+
+def _variables(datamodule: Any) -> Any:
+    hparams = datamodule.hparams
+    return hparams.dict_in_variables if "dict_in_variables" in hparams else hparams.get("variables")
+
+
+def _by_name(variables: Any, values: Any) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(variables, values, strict=True)}
