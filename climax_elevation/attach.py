@@ -31,6 +31,7 @@ class Host(nn.Module):
     img_size: Sequence[int]
     patch_size: int
     default_vars: Sequence[str]
+    use_physics_mask: bool
     terrain: TerrainReader
 
 
@@ -98,6 +99,7 @@ def attach(
     for index, bias in biases.items():
         host_model.blocks[index] = _terrain_block(hosts[index], bias, engine)
     host_model.terrain = reader
+    host_model.use_physics_mask = True
     logger.info(
         "terrain: bias %s in blocks %s of %d, engine %s, elevation from %s",
         bias_type,
@@ -124,6 +126,11 @@ def _checked_host(model: nn.Module) -> Host:
     missing = [name for name in ("blocks", "img_size", "patch_size", "default_vars") if not hasattr(model, name)]
     if missing:
         raise InputError(f"a ClimaX model has {', '.join(missing)}, and {type(model).__name__} does not")
+    if not hasattr(model, "use_physics_mask"):
+        raise InputError(
+            f"this {type(model).__name__} does not hand terrain to its blocks: apply the patch (climax-elevation patch "
+            "apply PATH), or train it with climax-elevation train"
+        )
     if hasattr(model, "terrain"):
         raise InputError(f"this {type(model).__name__} has a terrain bias already; attach once, to a new model")
     return cast(Host, model)

@@ -268,11 +268,7 @@ class TerrainReader(nn.Module):
             if saved.isnan().all():
                 incoming[prefix + name] = known
             elif name in self._sources:
-                try:
-                    self._check_agreement(name, saved.to(known), "the checkpoint")
-                except InputError as error:
-                    error_msgs.append(str(error))
-                    return
+                self._check_agreement(name, saved.to(known), "the checkpoint")
                 incoming[prefix + name] = known
             else:
                 loaded.append(name)

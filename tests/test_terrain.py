@@ -244,7 +244,7 @@ def test_an_unset_checkpoint_does_not_wipe_what_is_set_and_a_different_one_is_an
     other = reader()
     other.set_statistics(MEAN | {"orography": 0.0}, STD, "another run")
     before = copy.deepcopy(read.state_dict())
-    with pytest.raises(RuntimeError, match=r"from a test \(400\) and from the checkpoint \(0\)"):
+    with pytest.raises(InputError, match=r"from a test \(400\) and from the checkpoint \(0\)"):
         read.load_state_dict(other.state_dict())
     assert all(torch.equal(read.state_dict()[key], value) or value.isnan().all() for key, value in before.items())
 

@@ -1,0 +1,46 @@
+"""Where real ClimaX and real data are, and the one line that says so."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+
+def climax_source() -> Path | None:
+    """The folder that holds the package `climax` of microsoft/ClimaX, or None."""
+    checkout = os.environ.get("CLIMAX_SRC")
+    if checkout:
+        return Path(checkout)
+    spec = importlib.util.find_spec("climax")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(folder) / "arch.py").is_file():  # PyPI's climax, a command-line library, has none
+            return Path(folder).parent
+    return None
+
+
+def pytest_report_header() -> list[str]:
+    source = climax_source()
+    return [
+        f"ClimaX: {source}" if source else "ClimaX: not found (CLIMAX_SRC is unset), its regression tests are skipped",
+        f"real data: {'found' if DATA.is_dir() else 'not found, their tests are skipped'}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def climax() -> Path:
+    """Real ClimaX, or a skip."""
+    source = climax_source()
+    if source is None:
+        pytest.skip("needs microsoft/ClimaX: set CLIMAX_SRC to a checkout")
+    return source
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real reanalysis, or a skip."""
+    if not DATA.is_dir():
+        pytest.skip("needs the real data in ../shared/data")
+    return DATA

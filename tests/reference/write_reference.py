@@ -1,0 +1,164 @@
+"""Writes reference.npz and manifest.json: what unmodified ClimaX computes, for the stand-in to match.
+
+    CLIMAX_SRC=PATH_OF_A_CHECKOUT python tests/reference/write_reference.py
+
+Weights and inputs are filled by a formula, because initialisers and random generators change between
+versions. Only this script writes the two files.
+"""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+HERE = Path(__file__).parent
+NAMES = ["land_sea_mask", "orography", "lattitude", "2m_temperature", "10m_u_component_of_wind"]
+
+CASES: dict[str, dict[str, Any]] = {
+    "serial": {
+        "model": {"img_size": [8, 16], "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 4},
+        "batch": 2,
+        "variables": NAMES,
+        "out_variables": ["2m_temperature", "10m_u_component_of_wind"],
+    },
+    "serial_subset": {
+        "model": {"img_size": [12, 8], "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3},
+        "batch": 3,
+        "variables": ["10m_u_component_of_wind", "orography", "2m_temperature"],
+        "out_variables": ["2m_temperature"],
+    },
+    "parallel": {
+        "model": {"img_size": [8, 16], "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 4},
+        "batch": 2,
+        "variables": NAMES,
+        "out_variables": ["2m_temperature", "10m_u_component_of_wind"],
+    },
+    "parallel_subset": {
+        "model": {
+            "img_size": [12, 20],
+            "patch_size": 4,
+            "embed_dim": 16,
+            "depth": 1,
+            "decoder_depth": 1,
+            "num_heads": 2,
+            "mlp_ratio": 2.0,
+        },
+        "batch": 1,
+        "variables": ["2m_temperature", "lattitude"],
+        "out_variables": ["10m_u_component_of_wind", "2m_temperature"],
+    },
+}
+
+
+def formula(name: str, shape: tuple[int, ...], scale: float, offset: float = 0.0) -> Tensor:
+    """Values from offset - scale to offset + scale that name and index decide, float32.
+
+    value = offset + scale * (2 * frac(1000 * sin(name's phase + index)) - 1)
+    """
+    phase = zlib.crc32(name.encode()) % 1000
+    sines = np.sin(phase + np.arange(math.prod(shape), dtype=np.float64))
+    values = offset + scale * (2 * np.mod(1000 * sines, 1) - 1)
+    return torch.from_numpy(values.reshape(shape).astype(np.float32))
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Give every parameter its value by formula: norms near 1, all else large enough to matter."""
+    for name, parameter in model.named_parameters():
+        is_scale = ".norm" in f".{name}" and name.endswith("weight")
+        parameter.copy_(formula(name, tuple(parameter.shape), 0.5, 1.0 if is_scale else 0.0))
+
+
+def build(model_class: Callable[..., nn.Module], case: str) -> nn.Module:
+    """The model of a case, filled, in evaluation mode."""
+    model = model_class(NAMES, **CASES[case]["model"], parallel_patch_embed=case.startswith("parallel"))
+    fill(model)
+    return model.eval()
+
+
+def run(model: nn.Module, metrics: Any, case: str) -> dict[str, np.ndarray]:
+    """Everything that a model and a module of metrics compute for a case, by name."""
+    settings = CASES[case]
+    height, width = settings["model"]["img_size"]
+    batch, variables, targets = settings["batch"], settings["variables"], settings["out_variables"]
+    x = formula("x", (batch, len(variables), height, width), 1.0)
+    y = formula("y", (batch, len(targets), height, width), 1.0)
+    lead_times = torch.linspace(0.06, 7.3, batch)
+    lat = np.linspace(-70.0, 50.0, height)
+    climatology = formula("climatology", (len(targets), height, width), 2.0, 5.0)
+    scores = [metrics.lat_weighted_mse_val, metrics.lat_weighted_rmse, metrics.lat_weighted_acc]
+    with torch.no_grad():
+        losses, predictions = model(x, y, lead_times, variables, targets, [metrics.lat_weighted_mse], lat)
+        evaluated = model.evaluate(
+            x, y, lead_times, variables, targets, _to_physical, scores, lat, climatology, "72_hours"
+        )
+        encoded = model.forward_encoder(x, lead_times, variables)
+    numbers = {f"loss/{name}": value for name, value in losses[0].items()}
+    numbers |= {f"score/{name}": value for score in evaluated for name, value in score.items()}
+    numbers |= {"predictions": predictions, "encoded": encoded}
+    return {name: np.asarray(value, dtype=np.float32) for name, value in numbers.items()}
+
+
+def shapes(model: nn.Module) -> dict[str, str]:
+    """Shape of each entry of the state dict, in its order."""
+    return {name: str(list(value.shape)) for name, value in model.state_dict().items()}
+
+
+def _to_physical(x: Tensor) -> Tensor:
+    return 2.5 * x + 4.0
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write(source: Path) -> None:
+    from climax_elevation.upstream import find_climax, overlay
+
+    found = find_climax(source)
+    if found.state is not State.PRISTINE:
+        sys.exit(f"the reference is of unmodified ClimaX: {found.examination.sentence}")
+    arrays: dict[str, np.ndarray] = {}
+    cases: dict[str, Any] = {}
+    with overlay(found, patched=False) as folder:
+        sys.path.insert(0, str(folder))
+        from climax.arch import ClimaX
+        from climax.utils import metrics
+
+        for case, settings in CASES.items():
+            fresh = ClimaX(NAMES, **settings["model"])
+            arrays |= {f"{case}/{name}": getattr(fresh, name).detach().numpy() for name in ("pos_embed", "var_embed")}
+            model = build(ClimaX, case)
+            arrays |= {f"{case}/{name}": values for name, values in run(model, metrics, case).items()}
+            cases[case] = {**settings, "state_dict": shapes(model)}
+    np.savez_compressed(HERE / "reference.npz", **arrays)  # type: ignore[arg-type]
+    commit = subprocess.run(
+        ["git", "-C", str(found.package), "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    manifest = {
+        "source": "microsoft/ClimaX",
+        "commit": commit,
+        "arch.py sha256": _sha256((found.package / "arch.py").read_bytes()),
+        "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
+        "reference.npz sha256": _sha256((HERE / "reference.npz").read_bytes()),
+        "default_vars": NAMES,
+        "cases": cases,
+    }
+    (HERE / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if "CLIMAX_SRC" not in os.environ:
+        sys.exit("CLIMAX_SRC is the path of a checkout of microsoft/ClimaX: set it")
+    _write(Path(os.environ["CLIMAX_SRC"]))
