@@ -1,0 +1,7 @@
+"""`python -m climax_elevation`."""
+
+import sys
+
+from climax_elevation.cli import main
+
+sys.exit(main())

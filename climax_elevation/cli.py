@@ -1,0 +1,131 @@
+"""The command line: `climax-elevation COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from climax_elevation.errors import InputError
+
+MODULES = ("global_forecast", "regional_forecast", "climate_projection", "pretrain")
+INTERRUPTED = 130  # what a shell returns for a program that was stopped by Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 only on success, and a user's mistake is one sentence on standard error.
+
+    Args:
+        arguments: In the place of `sys.argv[1:]`.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("climax_elevation").setLevel(logging.INFO)
+    ours, theirs = _split(list(sys.argv[1:] if arguments is None else arguments))
+    parser = _parser()
+    options = parser.parse_args(ours)
+    if theirs and options.command != "train":
+        parser.error(f"only train takes arguments after '--', not {options.command}")
+    try:
+        return options.run(options, theirs) or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our arguments, and the training script's after the first '--'."""
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="climax-elevation", description="Terrain-aware attention for the ClimaX weather transformer."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="run ClimaX's own training script with terrain-aware attention",
+        usage="climax-elevation train MODULE [--climax PATH] -- UPSTREAM ARGUMENTS",
+        description="Runs ClimaX's training script in a patched temporary copy; where there is no ClimaX, "
+        "global_forecast runs on the stand-in host. What follows '--' goes to the script: --config FILE, and "
+        "overrides such as --model.net.init_args.use_physics_mask=true.",
+    )
+    train.add_argument("module", choices=MODULES, metavar="MODULE", help=", ".join(MODULES))
+    train.add_argument("--climax", type=Path, metavar="PATH", help="a checkout of microsoft/ClimaX, or its folder")
+    train.set_defaults(run=_train)
+
+    patch = commands.add_parser("patch", help="apply, check or revert the patch of a ClimaX checkout")
+    patch.add_argument("action", choices=["apply", "check", "revert"])
+    patch.add_argument("path", type=Path, metavar="PATH", help="a checkout of microsoft/ClimaX at 6d5d354")
+    patch.set_defaults(run=_patch)
+
+    prepare = commands.add_parser("prepare", help="turn reanalysis files into ClimaX's training format")
+    prepare.add_argument("source", metavar="SOURCE", help="netCDF, GRIB or Zarr: a file, folder, pattern or URL")
+    prepare.add_argument("out", type=Path, metavar="OUT", help="folder to write: new, or begun by the same command")
+    prepare.add_argument("--val-from", metavar="DATE", help="first year or date of validation (default: 80 %% of time)")
+    prepare.add_argument("--test-from", metavar="DATE", help="first year or date of test (default: 90 %% of time)")
+    prepare.add_argument("--patch-size", type=int, default=2, metavar="N", help="crop to a multiple of N (default: 2)")
+    prepare.add_argument("--predict-range", type=int, default=1, metavar="N", help="steps that shards must outlast")
+    prepare.add_argument("--shard-steps", type=int, metavar="N", help="longest shard (default: an eighth of training)")
+    prepare.add_argument("--variables", nargs="+", metavar="NAME", help="what to take (default: all ClimaX knows)")
+    prepare.add_argument("--levels", nargs="+", type=int, metavar="HPA", help="pressure levels (default: ClimaX's)")
+    prepare.add_argument("--units", nargs="+", metavar="NAME=UNIT", help="units that the source lacks or has wrong")
+    prepare.add_argument("--constants", metavar="FILE", help="a further file with orography and land-sea mask")
+    prepare.add_argument("--regrid", metavar="DEGREES", help="to ClimaX's grid of 5.625, 2.8125 or 1.40625 degrees")
+    prepare.set_defaults(run=_prepare)
+
+    doctor = commands.add_parser("doctor", help="print versions, what is installed, and what is wrong")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _train(options: argparse.Namespace, arguments: list[str]) -> None:
+    from climax_elevation.upstream.launch import train
+
+    train(options.module, options.climax, arguments)
+
+
+def _patch(options: argparse.Namespace, _: list[str]) -> int:
+    from climax_elevation.upstream import patching
+
+    if options.action == "check":
+        found = patching.check(options.path)
+        print(found.sentence)
+        return 0 if found.state in (patching.State.UNPATCHED, patching.State.PATCHED) else 1
+    print(getattr(patching, options.action)(options.path))
+    return 0
+
+
+def _prepare(options: argparse.Namespace, _: list[str]) -> None:
+    from climax_elevation.data.prepare import prepare
+
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "units")}
+    prepared = prepare(**given, units=_units(options.units or []))
+    height, width = prepared.shape
+    print(
+        f"{prepared.out}: {height} x {width} pixels, {', '.join(prepared.variables)}; "
+        + ", ".join(f"{part} {steps} steps" for part, steps in prepared.steps.items())
+    )
+
+
+def _units(pairs: list[str]) -> dict[str, str]:
+    units = dict(pair.partition("=")[::2] for pair in pairs)
+    for name, unit in units.items():
+        if not unit:
+            raise InputError(f"--units takes NAME=UNIT, such as orography=m, not {name!r}")
+    return units
+
+
+def _doctor(options: argparse.Namespace, _: list[str]) -> int:
+    from climax_elevation.doctor import doctor
+
+    raise NotImplementedError

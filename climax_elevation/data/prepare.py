@@ -1,0 +1,461 @@
+"""`climax-elevation prepare`: reanalysis files to ClimaX's training format.
+
+Work goes shard by shard, with one shard in memory, and every file appears whole or not at all.
+OUT/prepare.json records the source, the options and whether all is done, so that the same command
+goes on where it stopped, and changes nothing once it is done.
+"""
+
+import errno
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+from zipfile import BadZipFile
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from climax_elevation.data.fields import BadDataError, Field, Fields, find_fields
+from climax_elevation.data.format import PARTITIONS, RunningStatistics, save_npy, save_npz
+from climax_elevation.data.grid import Grid, is_global, read_grid
+from climax_elevation.data.source import fingerprint, open_source
+from climax_elevation.data.times import Shard, TimeAxis, plan_shards, read_times, split
+from climax_elevation.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+RECORD = "prepare.json"
+_FORMAT = 1
+_COMPLETE = "complete"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk or a quota that is full."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` left in OUT.
+
+    Attributes:
+        out: The folder: `root_dir` in ClimaX's configuration.
+        variables: The channels, ClimaX's names.
+        shape: H and W, `img_size` in ClimaX's configuration.
+        steps: Time steps of each partition.
+        shards: Number of shards of each partition.
+        hours_per_step: Rounded, `hrs_each_step` in ClimaX's configuration; a mean, for months.
+        shards_written: How many shards this call wrote; the others were there.
+        changed: Whether this call wrote anything.
+    """
+
+    out: Path
+    variables: tuple[str, ...]
+    shape: tuple[int, int]
+    steps: Mapping[str, int]
+    shards: Mapping[str, int]
+    hours_per_step: float
+    shards_written: int
+    changed: bool
+
+
+@dataclass(frozen=True)
+class _Plan:
+    out: Path
+    axis: TimeAxis
+    grid: Grid
+    fields: Fields
+    parts: Mapping[str, range]
+    shards: Sequence[Shard]
+    identity: Mapping[str, Any]
+
+    @property
+    def step_bytes(self) -> int:
+        return _step_bytes(self.fields, self.grid)
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    variables: Sequence[str] | None = None,
+    levels: Sequence[int] | None = None,
+    units: Mapping[str, str] | None = None,
+    constants: str | Path | None = None,
+    val_from: str | None = None,
+    test_from: str | None = None,
+    predict_range: int = 1,
+    patch_size: int = 2,
+    shard_steps: int | None = None,
+    regrid: str | None = None,
+) -> Prepared:
+    """Write ClimaX's training format from reanalysis files.
+
+    Names are ClimaX's, units are K, m s-1, Pa, m2 s-2, %, kg kg-1, m, J m-2, orography is in metres
+    (geopotential / 9.80665), latitude rises with the row and longitude with the column, and values are
+    float32. Constants are repeated over the steps of each shard, as ClimaX's reader wants them, and
+    `lattitude` (ClimaX's spelling), in degrees, is always among them.
+
+    Args:
+        source: A netCDF or GRIB file, a Zarr folder, a folder of netCDF files, a pattern such as
+            `era5_*.nc`, or the URL of a Zarr store that fsspec opens.
+        out: Folder to write. New, empty, or one that the same command began.
+        variables: What to take, by ClimaX's or the source's names. None: all that ClimaX knows; the
+            others are left out and named. A name that ClimaX does not know is taken as it is.
+        levels: Pressure levels in hPa. None: those of ClimaX's (50, 250, 500, 600, 700, 850, 925)
+            that the source has.
+        units: Unit by variable, e.g. `{"orography": "m"}`, where the source names none or a wrong one.
+        constants: A further file, on the same grid, with orography and land-sea mask.
+        val_from: First year ("2000") or ISO date of validation.
+        test_from: First year or ISO date of test. Without both, the first 80 % of the time is for
+            training, the next 10 % for validation, the last for test.
+        predict_range: Steps between input and target, which every shard must outlast.
+        patch_size: Height and width are cropped to a multiple of it, last rows and columns first.
+        shard_steps: Longest shard, in steps; shards of a partition differ by one step at most. None:
+            an eighth of training, at most 256 MiB.
+        regrid: "5.625", "2.8125" or "1.40625": regrid conservatively to ClimaX's global grid.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: For every mistake in source, options or folder, and for a full disk, in one sentence.
+            What the description of the source shows is found before anything is changed; when missing or impossible values turn up
+            later, the shards of this source are removed again.
+
+    Source: the format is that of ClimaX's nc2np_equally_era5.py. Departures: the climatology of `val` and
+    `test` is the time mean of *training*, constants included (there: of each partition itself, without
+    constants), mean and standard deviation are exact over all training steps (there: from yearly ones),
+    leap days are kept, and a standard deviation of zero is written as 1, so that normalising a flat
+    field gives zeros.
+    """
+    for name, value in (("predict_range", predict_range), ("patch_size", patch_size), ("shard_steps", shard_steps)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
+    options = {
+        "variables": None if variables is None else list(variables),
+        "levels": None if levels is None else list(levels),
+        "units": dict(units or {}),
+        "val_from": val_from,
+        "test_from": test_from,
+        "predict_range": predict_range,
+        "patch_size": patch_size,
+        "shard_steps": shard_steps,
+        "regrid": regrid,
+    }
+    out = Path(out).resolve()
+    with ExitStack() as stack:
+        dataset = stack.enter_context(open_source(str(source)))
+        further = None if constants is None else stack.enter_context(open_source(str(constants)))
+        identity = {
+            "format": _FORMAT,
+            "source": fingerprint(str(source), dataset),
+            "constants": None if further is None else fingerprint(str(constants), further),
+            "options": options,
+        }
+        _check_folder(out, identity)
+        if "time" not in dataset.coords:
+            raise InputError(f"the source has no time coordinate: it has {', '.join(map(str, dataset.coords))}")
+        axis = read_times(dataset["time"])
+        parts = split(axis, val_from, test_from)
+        grid = read_grid(dataset, patch_size=patch_size, regrid=regrid)
+        further = None if further is None else _same_grid(further, dataset)
+        fields = find_fields(dataset, further, grid, variables=variables, levels=levels, units=units or {})
+        shards = plan_shards(
+            axis,
+            parts,
+            shard_steps=shard_steps,
+            predict_range=predict_range,
+            step_bytes=_step_bytes(fields, grid),
+        )
+        plan = _Plan(out, axis, grid, fields, parts, shards, identity)
+        _announce(plan)
+        return _carry_out(plan)
+
+
+def _step_bytes(fields: Fields, grid: Grid) -> int:
+    return 4 * len(fields.names) * grid.shape[0] * grid.shape[1]
+
+
+def _same_grid(constants: xr.Dataset, dataset: xr.Dataset) -> xr.Dataset:
+    """`constants` with its rows and columns in the order of `dataset`."""
+    for name in ("lat", "lon"):
+        if name not in constants.coords or constants[name].shape != dataset[name].shape:
+            raise InputError(f"the file of constants is on another grid than the source: compare their {name}")
+        here, there = constants[name], dataset[name].to_numpy()
+        if here.ndim == 1 and not _alike(name, here.to_numpy(), there):
+            constants = constants.isel({here.dims[0]: slice(None, None, -1)})
+        if not _alike(name, constants[name].to_numpy(), there):
+            raise InputError(f"the file of constants is on another grid than the source: their {name} differ")
+    return constants
+
+
+def _alike(name: str, here: NDArray[Any], there: NDArray[Any]) -> bool:
+    apart = np.abs(here.astype(np.float64) - there.astype(np.float64))
+    if name == "lon":
+        apart = np.minimum(apart % 360, -apart % 360)
+    return bool((apart < 1e-3).all())
+
+
+def _check_folder(out: Path, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The record of an earlier run of the same command, or None where there is nothing."""
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise InputError(f"{out} must be a folder, it is a file: choose another")
+    record = out / RECORD
+    if not record.is_file():
+        others = sorted(path.name for path in out.iterdir() if path not in _partials(out))
+        if others:
+            raise InputError(f"{out} holds other data ({others[0]}): choose a new or empty folder")
+        return None
+    try:
+        begun = json.loads(record.read_text())
+        recorded = {key: begun[key] for key in ("format", "source", "constants", "options")}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{record} is not a record of this command: choose a new or empty folder") from None
+    if recorded != identity:
+        raise InputError(f"{out} was made from {_difference(recorded, identity)}: choose another folder, or remove it")
+    return dict(begun)
+
+
+def _difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str:
+    for key, what in (("source", "another source"), ("constants", "other constants"), ("format", "another version")):
+        if recorded[key] != identity[key]:
+            return what
+    names = [name for name, value in identity["options"].items() if recorded["options"].get(name) != value]
+    told = (f"{name} {recorded['options'].get(name)!r}, not {identity['options'][name]!r}" for name in names)
+    return f"the same source with other options ({'; '.join(told)})"
+
+
+def _announce(plan: _Plan) -> None:
+    steps = ", ".join(f"{name} {len(steps)}" for name, steps in plan.parts.items())
+    logger.info("variables: %s", ", ".join(plan.fields.names))
+    logger.info("time steps: %s; one step is %g h", steps, plan.axis.hours_per_step)
+    logger.info(
+        "in ClimaX's configuration: img_size [%d, %d], hrs_each_step %d",
+        *plan.grid.shape,
+        max(1, round(plan.axis.hours_per_step)),
+    )
+    if is_global(plan.grid):
+        logger.info(
+            "for regional forecasting, mind that ClimaX's get_region_info selects mirrored latitudes: "
+            "'NorthAmerica' is rows at 65 to 15 degrees south, whatever the order in lat.npy"
+        )
+
+
+def _carry_out(plan: _Plan) -> Prepared:
+    if _is_complete(plan):
+        logger.info("%s is complete: nothing to do, nothing changed", plan.out)
+        return _result(plan, written=0, changed=False)
+    _check_space(plan)
+    try:
+        with _alone(plan.out):
+            # Once more: another run may have come between the first look and the lock.
+            begun = _check_folder(plan.out, plan.identity)
+            missing = _missing(plan)
+            if begun is not None:
+                present = len(plan.shards) - len(missing)
+                logger.info("going on in %s: %d of %d shards are there", plan.out, present, len(plan.shards))
+            _write(plan, missing)
+    except BadDataError:
+        _discard(plan)
+        raise
+    except OSError as error:
+        if error.errno in _FULL:
+            raise InputError(
+                f"no space left on the disk of {plan.out}: free some and repeat the command, finished shards are kept"
+            ) from error
+        raise InputError(f"cannot write to {plan.out}: {error.strerror or error}") from error
+    except KeyboardInterrupt:
+        logger.info("interrupted: repeat the command to go on, finished shards are kept")
+        raise
+    return _result(plan, written=len(missing), changed=True)
+
+
+def _missing(plan: _Plan) -> list[Shard]:
+    return [shard for shard in plan.shards if not (plan.out / shard.file).is_file()]
+
+
+def _is_complete(plan: _Plan) -> bool:
+    begun = _check_folder(plan.out, plan.identity)
+    files = [plan.out / name for name in _summary_files(plan.grid)]
+    return (
+        begun is not None and begun.get("state") == _COMPLETE and not _missing(plan) and all(map(Path.is_file, files))
+    )
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Make `out`, and keep other runs out of it as long as this one lasts, where the system can.
+
+    The lock is on the folder itself, so that nothing is left of it, whatever ends the run.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing to {out}: wait until it has ended") from None
+        except OSError as error:  # some network file systems have no locks
+            logger.info("%s cannot be locked (%s): see to it that no other run writes there", out, error.strerror)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _check_space(plan: _Plan) -> None:
+    needed = sum(shard.stop - shard.start for shard in _missing(plan)) * plan.step_bytes
+    existing = next(path for path in (plan.out, *plan.out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InputError(
+            f"the shards need {needed / 2**30:.1f} GiB, the disk of {plan.out} has {free / 2**30:.1f} GiB free: "
+            "free some, or choose another folder"
+        )
+
+
+def _write(plan: _Plan, missing: Sequence[Shard]) -> None:
+    for leftover in _partials(plan.out):
+        leftover.unlink()
+    _record(plan, "begun")
+    statistics = RunningStatistics()
+    fields = len(plan.fields.changing)
+    with tqdm(total=fields * len(plan.shards), desc="prepare", unit="field", disable=None) as bar:
+        for shard in plan.shards:
+            _write_shard(plan, shard, shard in missing, statistics, bar)
+    _write_summary(plan, statistics)
+    _record(plan, _COMPLETE)
+
+
+def _write_shard(
+    plan: _Plan, shard: Shard, is_missing: bool, statistics: RunningStatistics, bar: "tqdm[NoReturn]"
+) -> None:
+    path, training = plan.out / shard.file, shard.file.startswith("train/")
+    if is_missing:
+        arrays = _read_shard(plan, shard, bar)
+        save_npz(path, arrays)
+    else:
+        arrays = _load_shard(path) if training else {}
+        bar.update(len(plan.fields.changing))
+    if training:
+        statistics.update(arrays)
+
+
+def _read_shard(plan: _Plan, shard: Shard, bar: "tqdm[NoReturn]") -> dict[str, NDArray[np.float32]]:
+    stamps = plan.axis.stamps[shard.start : shard.stop]
+    arrays = {}
+    for field in plan.fields.changing:
+        values = _read_field(field, plan.grid, shard)
+        field.check(values, stamps)
+        arrays[field.name] = values[:, None]
+        bar.update()
+    for name, constant in plan.fields.constant.items():
+        arrays[name] = np.repeat(constant[None, None], len(stamps), axis=0)
+    return arrays
+
+
+def _read_field(field: Field, grid: Grid, shard: Shard) -> NDArray[np.float32]:
+    try:
+        return field.read(grid, shard.start, shard.stop)
+    except (OSError, RuntimeError) as error:  # RuntimeError: netCDF4's word for a damaged file
+        raise InputError(
+            f"cannot read {field.called!r} from the source ({error}): finished shards are kept, repeat the command "
+            "once it can be read"
+        ) from error
+
+
+def _load_shard(path: Path) -> dict[str, NDArray[np.float32]]:
+    try:
+        with np.load(path) as shard:
+            return dict(shard)
+    except (ValueError, OSError, BadZipFile) as error:
+        raise InputError(f"{path} is damaged ({error}): remove it and repeat the command") from error
+
+
+def _write_summary(plan: _Plan, statistics: RunningStatistics) -> None:
+    mean, std = statistics.mean(), statistics.std()
+    for name, value in std.items():
+        # Less than float32 resolves is rounding, not variation.
+        if value[0] <= np.finfo(np.float32).eps * abs(mean[name][0]):
+            std[name] = np.ones(1)
+            logger.info("%s is the same everywhere: its standard deviation is written as 1", name)
+    climatology = {name: value.astype(np.float32) for name, value in statistics.climatology().items()}
+    save_npz(plan.out / "normalize_mean.npz", mean)
+    save_npz(plan.out / "normalize_std.npz", std)
+    for partition in ("val", "test"):
+        save_npz(plan.out / partition / "climatology.npz", climatology)
+    save_npy(plan.out / "lat.npy", plan.grid.lat)
+    save_npy(plan.out / "lon.npy", plan.grid.lon)
+    if plan.grid.lon2d is not None:
+        save_npy(plan.out / "lat2d.npy", plan.grid.lat2d)
+        save_npy(plan.out / "lon2d.npy", plan.grid.lon2d)
+
+
+def _summary_files(grid: Grid) -> list[str]:
+    two_dimensional = [] if grid.lon2d is None else ["lat2d.npy", "lon2d.npy"]
+    climatologies = ["val/climatology.npz", "test/climatology.npz"]
+    return ["normalize_mean.npz", "normalize_std.npz", *climatologies, "lat.npy", "lon.npy", *two_dimensional]
+
+
+def _record(plan: _Plan, state: str) -> None:
+    shards = [
+        {"file": shard.file, "first": plan.axis.stamps[shard.start], "last": plan.axis.stamps[shard.stop - 1]}
+        for shard in plan.shards
+    ]
+    content = {
+        **plan.identity,
+        "state": state,
+        "variables": list(plan.fields.names),
+        "img_size": list(plan.grid.shape),
+        "hours_per_step": plan.axis.hours_per_step,
+        "shards": shards,
+    }
+    partial = plan.out / f".{RECORD}.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, plan.out / RECORD)
+
+
+def _partials(out: Path) -> list[Path]:
+    """What a killed run may have left: see `format`, files are written one folder up."""
+    inside = [*(path for part in PARTITIONS for path in out.glob(f".{part}-*.partial")), out / f".{RECORD}.partial"]
+    names = ("lat.npy", "lon.npy", "lat2d.npy", "lon2d.npy", "normalize_mean.npz", "normalize_std.npz")
+    beside = [out.parent / f".{out.name}-{name}.partial" for name in names]
+    return [path for path in (*inside, *beside) if path.is_file()]
+
+
+def _discard(plan: _Plan) -> None:
+    """Remove what this source left, and nothing else."""
+    for name in (*(shard.file for shard in plan.shards), *_summary_files(plan.grid), RECORD):
+        (plan.out / name).unlink(missing_ok=True)
+    for folder in (*(plan.out / partition for partition in PARTITIONS), plan.out):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _result(plan: _Plan, *, written: int, changed: bool) -> Prepared:
+    return Prepared(
+        out=plan.out,
+        variables=plan.fields.names,
+        shape=plan.grid.shape,
+        steps={partition: len(steps) for partition, steps in plan.parts.items()},
+        shards={
+            partition: sum(shard.file.startswith(f"{partition}/") for shard in plan.shards) for partition in PARTITIONS
+        },
+        hours_per_step=plan.axis.hours_per_step,
+        shards_written=written,
+        changed=changed,
+    )

@@ -1,0 +1,128 @@
+"""Lightning's command line, as upstream's training scripts call it, with errors as sentences."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from climax_elevation.errors import InputError
+
+WORKER_ERROR = "Original Traceback"  # in the message of an error that a DataLoader's worker passed on
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI with given arguments, and with a checkpoint to go on from.
+
+    `sys.argv` is neither read nor set: Lightning's launcher repeats it to start the other processes of a
+    distributed run, and they are to come here again.
+
+    Args:
+        arguments: In the place of `sys.argv[1:]`.
+        resume: Checkpoint that `fit` goes on from, or None; may refer to the configuration, as in
+            `${trainer.default_root_dir}/last.ckpt`.
+        options: LightningCLI's.
+    """
+
+    def __init__(self, *, arguments: list[str], resume: str | None, **options: Any) -> None:
+        self._arguments = arguments
+        self._resume = resume
+        with configuration_errors():
+            super().__init__(**options)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(**kwargs | {"exit_on_error": False})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = parser.parse_args(self._arguments)
+
+    def after_instantiate_classes(self) -> None:
+        if self._resume is not None:
+            self.trainer.fit = functools.partial(self.trainer.fit, ckpt_path=self._checkpoint(self._resume))  # type: ignore[method-assign]
+        if self.trainer.fast_dev_run:
+            # upstream's scripts test the best checkpoint, and this saves none
+            self.trainer.test = _without_checkpoint(self.trainer.test)  # type: ignore[method-assign]
+
+    def _checkpoint(self, written: str) -> str:
+        config = OmegaConf.create(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+        config.resume_from_checkpoint = written
+        path = str(config.resume_from_checkpoint)
+        if "://" not in path and not Path(path).exists():
+            raise InputError(f"trainer.resume_from_checkpoint {path} does not exist")
+        return path
+
+
+class PretrainingCLI(TrainingCLI):
+    """TrainingCLI for upstream's pretraining, which takes one source of data a node and runs distributed only."""
+
+    def before_instantiate_classes(self) -> None:
+        # upstream's readers ask the environment for the number of nodes
+        os.environ.setdefault("NODES", str(self.config.trainer.num_nodes))
+
+    def after_instantiate_classes(self) -> None:
+        super().after_instantiate_classes()
+        if not isinstance(self.trainer.strategy, ParallelStrategy):
+            raise InputError("pretraining is distributed, on one device too: write trainer.strategy: ddp")
+
+
+@contextmanager
+def configuration_errors() -> Iterator[None]:
+    """Turn what a wrong configuration raises while it is read and its classes are built into InputError."""
+    try:
+        yield
+    except argparse.ArgumentError as error:
+        raise InputError(f"configuration: {_line(error)}") from error
+    except ModuleNotFoundError as error:
+        raise InputError(f"configuration: {_line(error)}; install what it names, or leave it out") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename or _line(error)} does not exist") from error
+    except NotImplementedError as error:
+        raise InputError(f"ClimaX: {_line(error)}") from error
+
+
+@contextmanager
+def training_errors() -> Iterator[None]:
+    """Make sentences of what Lightning and upstream raise, later on, for a configuration that they do not take."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        # ClimaX's YAML files ask for a GPU
+        hint = "; choose another with --trainer.accelerator" if "backend found" in str(error) else ""
+        raise InputError(f"Lightning: {_line(error)}{hint}") from error
+    except InputError as error:
+        text = str(error)
+        if WORKER_ERROR not in text:
+            raise
+        raise InputError(text.rpartition("InputError: ")[2].strip()) from error
+    except ValueError as error:
+        if 'ckpt_path="best"' not in str(error):
+            raise
+        raise InputError(f"Lightning: {_line(error)}") from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise InputError(
+            f"the checkpoint is of another model, perhaps with other terrain settings: {_line(error)}"
+        ) from error
+
+
+def _without_checkpoint(test: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(test)
+    def run(*positional: Any, **named: Any) -> Any:
+        return test(*positional, **named | {"ckpt_path": None})
+
+    return run
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
