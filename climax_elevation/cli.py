@@ -126,6 +126,8 @@ def _units(pairs: list[str]) -> dict[str, str]:
 
 
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
-    from climax_elevation.doctor import doctor
+    from climax_elevation.doctor import doctor, render, status
 
-    raise NotImplementedError
+    findings = doctor()
+    print(render(findings))
+    return status(findings)

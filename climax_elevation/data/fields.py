@@ -84,8 +84,9 @@ class Field:
         value = float(values[step, row, column])
         if not np.isfinite(value):
             count = int((~np.isfinite(values)).sum())
+            first = when and f", the first{when}"
             raise BadDataError(
-                f"{self.name} ({self.called!r} in the source) has {count} missing values{when and f', the first{when}'}, "
+                f"{self.name} ({self.called!r} in the source) has {count} missing values{first}, "
                 "ClimaX takes none: fill them, or leave the variable out with the option variables"
             )
         raise BadDataError(
@@ -158,9 +159,7 @@ def find_fields(
         logger.info("left out, not among ClimaX's variables or not wanted: %s", ", ".join(left_out))
     for field in chosen.values():
         _check_dims(field, grid)
-    if levels is not None and not any(
-        field.name.endswith(f"_{level}") for field in chosen.values() for level in levels
-    ):
+    if levels is not None and not any(name.endswith(f"_{level}") for name in chosen for level in levels):
         raise InputError(f"the source has nothing on pressure levels: leave out the option levels {list(levels)}")
     unchanging = _constants(dataset, constants, grid, wanted, units)
     wanted.check(dataset)

@@ -129,8 +129,8 @@ def prepare(
 
     Raises:
         InputError: For every mistake in source, options or folder, and for a full disk, in one sentence.
-            What the description of the source shows is found before anything is changed; when missing or impossible values turn up
-            later, the shards of this source are removed again.
+            What the source's metadata shows is found before anything is changed; when missing or
+            impossible values turn up later, the shards of this source are removed again.
 
     Source: the format is that of ClimaX's nc2np_equally_era5.py. Departures: the climatology of `val` and
     `test` is the time mean of *training*, constants included (there: of each partition itself, without

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import xarray as xr
 
-from climax_elevation.data.names import OROGRAPHY, find_variable
+from climax_elevation.data.names import find_variable
 from climax_elevation.data.optional import require
 from climax_elevation.errors import InputError
 
@@ -24,6 +24,7 @@ _COORDINATES = {
 }
 _GRIB_SUFFIXES = (".grib", ".grb", ".grib2", ".grb2")
 _READ_WHOLE = 2**28
+_SURFACE = "geopotential_at_surface"
 
 
 def open_source(source: str) -> xr.Dataset:
@@ -198,15 +199,15 @@ def _squeeze(dataset: xr.Dataset) -> xr.Dataset:
 
 
 def _valid_time(dataset: xr.Dataset) -> xr.Dataset:
-    # A forecast is filed under the time that it is for, not under the one at which it was made.
-    if "valid_time" in dataset.coords and dataset["valid_time"].dims == ("time",):
-        valid = dataset["valid_time"]
-        return dataset.drop_vars("valid_time").assign_coords(time=("time", valid.to_numpy()))
     for name in ("step", "expver", "number"):
         if dataset.sizes.get(name, 1) > 1:
             raise InputError(
                 f"the source has {dataset.sizes[name]} values of {name!r}, ClimaX takes one: select one first"
             )
+    # A forecast is filed under the time that it is for, not under the one at which it was made.
+    if "valid_time" in dataset.coords and dataset["valid_time"].dims == ("time",):
+        valid = dataset["valid_time"].to_numpy()
+        return dataset.drop_vars("valid_time").assign_coords(time=("time", valid))
     return dataset
 
 
@@ -223,12 +224,10 @@ def _static(dataset: xr.Dataset) -> xr.Dataset:
 
 def _surface(dataset: xr.Dataset) -> xr.Dataset:
     """Tell the two meanings of `z` apart before files are merged."""
-    names = {}
-    for name, values in dataset.data_vars.items():
-        on_surface = "level" not in values.dims and "level" not in values.coords
-        if on_surface and str(name).lower() in ("z", "geopotential") and str(name) in OROGRAPHY.aliases:
-            names[name] = "geopotential_at_surface"
-    return dataset.rename(names)
+    for name in ("z", "geopotential"):
+        if name in dataset.data_vars and "level" not in dataset[name].coords and _SURFACE not in dataset:
+            dataset = dataset.rename({name: _SURFACE})
+    return dataset
 
 
 def _sentence(error: Exception) -> str:
