@@ -86,10 +86,14 @@ def build_bias(name: str, *, num_heads: int, **args: Any) -> ElevationBias:
 
 @cache
 def _load_entry_points() -> None:
-    """Import the plugin's own biases, then register those that other packages declare; once."""
-    import climax_elevation.bias  # noqa: F401  registers on import
-
+    """Register what other packages declare, once; the plugin's own biases register when it is imported."""
     for entry_point in entry_points(group=ENTRY_POINT_GROUP):
-        loaded = entry_point.load()
+        try:
+            loaded = entry_point.load()
+        except (ImportError, AttributeError) as error:
+            raise InputError(
+                f"the bias {entry_point.name!r} of {entry_point.value!r} cannot be loaded ({error}): mend or remove "
+                "the package that declares it"
+            ) from error
         if _biases.get(entry_point.name) is not loaded:  # its module may have registered it itself
             register_bias(entry_point.name)(loaded)

@@ -67,3 +67,7 @@ def test_entry_points_of_other_packages_load_on_first_use(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "'hills', 'physics'" in done.stdout
     assert "hills.Hills" in done.stdout
+
+    (tmp_path / "hills.py").write_text("import a_package_that_is_not_there")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "the bias 'hills' of 'hills:Hills' cannot be loaded" in done.stderr
