@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -193,7 +194,10 @@ def load_pretrained(module: nn.Module, source: str) -> None:
     fitting = {key: value for key, value in saved.items() if key in own and value.shape == own[key].shape}
     if not fitting:
         raise InputError(f"no weight in {source} fits the model: its keys begin with {', '.join(list(saved)[:3])}")
-    module.load_state_dict(fitting, strict=False)
+    try:
+        module.load_state_dict(fitting, strict=False)
+    except RuntimeError as error:  # shapes fit: what is left is terrain that disagrees
+        raise InputError(f"{source}: {' '.join(str(error).split())}") from error
     logger.info(
         "%s: loaded %d of %d weights; missing: %s; unexpected or of another shape: %s",
         source,
@@ -205,12 +209,19 @@ def load_pretrained(module: nn.Module, source: str) -> None:
 
 
 def _read_weights(source: str) -> dict[str, Tensor]:
-    if source.startswith(("http://", "https://")):
-        checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-    elif Path(source).is_file():
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    else:
+    from_web = source.startswith(("http://", "https://"))
+    if not from_web and not Path(source).is_file():
         raise InputError(f"model.pretrained_path {source} does not exist")
+    try:
+        if from_web:
+            checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
+        else:
+            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise InputError(
+            f"{source} is no checkpoint of tensors alone ({str(error).splitlines()[0]}): save one that holds its "
+            "state_dict and nothing else"
+        ) from error
     if "state_dict" not in checkpoint:
         raise InputError(f"{source} is not a Lightning checkpoint: it has no state_dict")
     return checkpoint["state_dict"]

@@ -21,10 +21,12 @@ def climax_source() -> Path | None:
     return None
 
 
+CLIMAX = climax_source()  # once, since some tests hide it
+
+
 def pytest_report_header() -> list[str]:
-    source = climax_source()
     return [
-        f"ClimaX: {source}" if source else "ClimaX: not found (CLIMAX_SRC is unset), its regression tests are skipped",
+        f"ClimaX: {CLIMAX}" if CLIMAX else "ClimaX: not found (CLIMAX_SRC is unset), its regression tests are skipped",
         f"real data: {'found' if DATA.is_dir() else 'not found, their tests are skipped'}",
     ]
 
@@ -32,10 +34,20 @@ def pytest_report_header() -> list[str]:
 @pytest.fixture(scope="session")
 def climax() -> Path:
     """Real ClimaX, or a skip."""
-    source = climax_source()
-    if source is None:
+    if CLIMAX is None:
         pytest.skip("needs microsoft/ClimaX: set CLIMAX_SRC to a checkout")
-    return source
+    return CLIMAX
+
+
+@pytest.fixture
+def no_climax(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No ClimaX, here and in processes started from here; PyPI's package of that name hides one that is installed."""
+    folder = tmp_path_factory.mktemp("pypi")
+    (folder / "climax").mkdir()
+    (folder / "climax" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+    monkeypatch.delenv("CLIMAX_SRC", raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
 """Real training of the stand-in on small data: what is logged, optimised, scheduled, resumed and loaded."""
 
+import importlib
 import logging
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,14 @@ from jsonargparse import ArgumentParser
 from pytorch_lightning import LightningModule, Trainer, seed_everything
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from reference.upstream_files import load_or_skip
 from reference.write_reference import fill
 
 from climax_elevation import InputError, metrics
 from climax_elevation.data.shards import GlobalForecastDataModule
 from climax_elevation.forecast import GlobalForecastModule, load_pretrained, warmup_cosine
 from climax_elevation.host import StandInClimaX
+from climax_elevation.upstream import find_climax, overlay
+from climax_elevation.upstream.overlay import importable
 
 SIZES: dict[str, Any] = {"img_size": [8, 16], "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
 SCHEDULE: dict[str, Any] = {"lr": 3e-3, "warmup_epochs": 2, "max_epochs": 40}
@@ -86,7 +90,7 @@ def test_training_with_terrain_lowers_the_loss_and_moves_alpha(tmp_path: Path) -
     assert state["blocks.0.attn.bias.elevation_alpha"].item() != 1.0
     assert state["blocks.0.attn.bias.wind_beta"].item() != pytest.approx(0.3, abs=1e-6)
 
-    (tested,) = trainer.test(module, datamodule=_data(root), ckpt_path="best", verbose=False, weights_only=False)
+    (tested,) = trainer.test(module, datamodule=_data(root), ckpt_path="best", verbose=False)
     expected = {"train/loss", "train/2m_temperature", "train/10m_u_component_of_wind"}
     for part, names in (("val", logged), ("test", tested)):
         expected_scores = {f"{part}/{score}" for score in ("w_mse", "w_rmse", "acc")}
@@ -154,6 +158,43 @@ def test_dropout_differs_between_steps_and_follows_the_seed(tmp_path: Path) -> N
     assert len({*runs[0], *runs[2]}) == 6
 
 
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+
+import torch
+from pytorch_lightning import Trainer, seed_everything
+from test_forecast import _data, _Losses, _terrain_net, _untrained
+
+root, out = Path(sys.argv[1]), Path(sys.argv[2])
+seed_everything(3)
+module, losses = _untrained(_terrain_net(root)), _Losses()
+trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, callbacks=[losses], logger=False,
+                  enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(module, datamodule=_data(root, num_workers=1))
+scores = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+torch.save((losses.values, module.state_dict(), scores), out / f"{trainer.global_rank}.pt")
+"""
+
+
+def test_two_processes_train_one_model_on_all_the_data(tmp_path: Path) -> None:
+    root = tiny_data.write(tmp_path / "data")
+    (tmp_path / "run.py").write_text(TWO_PROCESSES)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "run.py"), str(root), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (first, first_state, first_scores), (second, second_state, second_scores) = (
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)
+    )
+    # 15 pairs: 7 for each of the two, in batches of 4, twice
+    assert len(first) == len(second) == 4
+    assert not set(first) & set(second)
+    for (name, one), other in zip(first_state.items(), second_state.values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=name)
+    assert first_scores == second_scores
+
+
 def test_a_data_module_is_needed(tmp_path: Path) -> None:
     loader = _data(tiny_data.write(tmp_path / "data")).train_dataloader()
     with pytest.raises(InputError, match="data module"):
@@ -198,8 +239,9 @@ def test_schedule_by_hand() -> None:
 @pytest.mark.parametrize(
     "arguments", [(4, 8, 0.1, 0.2), (0, 30, 1e-8, 1e-8), (1, 20, 0.0, 0.0), (100, 1000, 1e-8, 1e-6)]
 )
-def test_schedule_equals_upstreams(arguments: tuple[int, int, float, float]) -> None:
-    upstream = load_or_skip("utils/lr_scheduler.py").LinearWarmupCosineAnnealingLR
+def test_schedule_equals_upstreams(climax: Path, arguments: tuple[int, int, float, float]) -> None:
+    with overlay(find_climax(climax), patched=False) as folder, importable(folder):
+        upstream = importlib.import_module("climax.utils.lr_scheduler").LinearWarmupCosineAnnealingLR
     steps = 2 * arguments[1]
     theirs = _rates(lambda optimizer: upstream(optimizer, *arguments), steps)
     # theirs multiplies a factor a step, and its rounding grows
@@ -255,9 +297,27 @@ def test_lightnings_own_checkpoints_are_pretrained_weights(tmp_path: Path) -> No
 def test_useless_pretrained_files_are_said(tmp_path: Path) -> None:
     torch.save({"state_dict": {"other": torch.zeros(1)}}, tmp_path / "other.ckpt")
     torch.save({"weights": {}}, tmp_path / "none.ckpt")
-    for name, message in (("other", "no weight"), ("none", "no state_dict"), ("absent", "does not exist")):
+    torch.save({"state_dict": {}, "path": tmp_path}, tmp_path / "object.ckpt")
+    (tmp_path / "text.ckpt").write_text("weights")
+    messages = {
+        "other": "no weight",
+        "none": "no state_dict",
+        "absent": "does not exist",
+        "object": "tensors alone",
+        "text": "tensors alone",
+    }
+    for name, message in messages.items():
         with pytest.raises(InputError, match=message):
             load_pretrained(_untrained(_net()), str(tmp_path / f"{name}.ckpt"))
+
+
+def test_pretrained_terrain_of_other_units_is_refused(tmp_path: Path) -> None:
+    root = tiny_data.write(tmp_path / "data")
+    saved = _untrained(_terrain_net(root)).state_dict()
+    saved["net.terrain.elevation_std"] = torch.tensor(1.0)
+    torch.save({"state_dict": saved}, tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match=r"terrain.elevation_std from stats_dir .* disagree"):
+        _untrained(_terrain_net(root), pretrained_path=str(tmp_path / "other.ckpt"))
 
 
 def test_the_command_line_can_name_the_network() -> None:
@@ -265,10 +325,8 @@ def test_the_command_line_can_name_the_network() -> None:
     parser.add_class_arguments(GlobalForecastModule, "model")
     flags = ["--model.net=climax_elevation.host.StandInClimaX", "--model.net.default_vars=[a, b]"]
     flags += [f"--model.net.{name}={value}" for name, value in SIZES.items()]
-    off = parser.instantiate(parser.parse_args(flags)) if hasattr(parser, "instantiate") else None
     flags += ["--model.net.use_physics_mask=true", "--model.net.bias_args={elevation_variable: a, wind: false}"]
-    parsed = parser.parse_args(flags)
-    make = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    module = make(parsed).model
-    assert off is None or not hasattr(off.model.net, "terrain")
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name before 4.49
+    module = instantiate(parser.parse_args(flags)).model
     assert module.net.terrain.elevation_variable == "a"
+    assert module.net.img_size == SIZES["img_size"]

@@ -29,7 +29,7 @@ def reference() -> dict[str, np.ndarray]:
 
 def test_reference_is_the_manifests() -> None:
     digest = hashlib.sha256((FOLDER / "reference.npz").read_bytes()).hexdigest()
-    assert digest == MANIFEST["reference.npz sha256"]
+    assert digest == MANIFEST["sha256"]["reference.npz"]
     assert {case: {name: MANIFEST["cases"][case][name] for name in CASES[case]} for case in CASES} == CASES
 
 

@@ -1,18 +1,28 @@
 """Latitude-weighted scores against plain loops, against hand numbers, and against upstream's functions."""
 
+import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from reference.upstream_files import load_or_skip
 from torch import Tensor
 
 from climax_elevation import metrics
+from climax_elevation.upstream import find_climax, overlay
+from climax_elevation.upstream.overlay import importable
 
 VARS = ["2m_temperature", "10m_u_component_of_wind"]
 LAT = np.array([-75.0, -20.0, 10.0, 55.0])
+
+
+@pytest.fixture(scope="module")
+def upstream(climax: Path) -> Iterator[ModuleType]:
+    with overlay(find_climax(climax), patched=False) as folder, importable(folder):
+        yield importlib.import_module("climax.utils.metrics")
 
 
 def _fields() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -116,16 +126,14 @@ def test_half_precision_predictions_are_scored_in_the_targets_precision() -> Non
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_loss_equals_upstreams(masked: bool) -> None:
-    upstream = load_or_skip("utils/metrics.py")
+def test_loss_equals_upstreams(upstream: ModuleType, masked: bool) -> None:
     pred, y, _, mask = _fields()
     arguments = (pred, y, VARS, LAT, mask if masked else None)
     _assert_same(metrics.lat_weighted_mse(*arguments), upstream.lat_weighted_mse(*arguments))
 
 
 @pytest.mark.parametrize("name", ["lat_weighted_mse_val", "lat_weighted_rmse", "lat_weighted_acc"])
-def test_scores_equal_upstreams(name: str) -> None:
-    upstream = load_or_skip("utils/metrics.py")
+def test_scores_equal_upstreams(upstream: ModuleType, name: str) -> None:
     pred, y, clim, _ = _fields()
     arguments = (pred, y, _to_physical, VARS, LAT, clim, "72_hours")
     ours: Callable[..., dict[str, Tensor]] = getattr(metrics, name)

@@ -78,7 +78,7 @@ class ForecastDataset(IterableDataset[Sample]):
         hours: Hours of that.
         normalize: From physical units to the model's, for the input.
         normalize_out: The same for the target.
-        buffer_size: Pairs among which the next is drawn; 0: in order of time.
+        buffer_size: Pairs among which the next is drawn; 0: shard after shard, as they are.
         seed: With `epoch`, all that the order depends on.
     """
 
@@ -215,11 +215,11 @@ class GlobalForecastDataModule(LightningDataModule):
         return self._loader(self.data_train, _NewOrderEachTime)
 
     def val_dataloader(self) -> DataLoader:
-        """Validation pairs in order of time."""
+        """Validation pairs, shard after shard."""
         return self._loader(self.data_val)
 
     def test_dataloader(self) -> DataLoader:
-        """Test pairs in order of time."""
+        """Test pairs, shard after shard."""
         return self._loader(self.data_test)
 
     def state_dict(self) -> dict[str, Any]:
@@ -300,7 +300,7 @@ def _shuffled(samples: Iterator[Sample], buffer_size: int, random: np.random.Gen
 
 
 def _find_shards(folder: Path, needed: Sequence[str], predict_range: int) -> list[Shard]:
-    paths = sorted(path for path in folder.glob("*.npz") if path.name != "climatology.npz")
+    paths = sorted(path for path in folder.glob("*.npz") if "climatology" not in path.name)
     if not paths:
         raise InputError(f"{folder} has no shard (*.npz): prepare data into {folder.parent}, or mend data.root_dir")
     shards = [_inspect(path, needed) for path in paths]

@@ -74,10 +74,8 @@ def _cli_lost(name: str) -> Callable[[], bool]:
     return lost
 
 
-def _parser_lost_error_handler() -> bool:
-    from jsonargparse import ArgumentParser
-
-    return "exit_on_error" in inspect.signature(ArgumentParser.__init__).parameters
+def _always() -> bool:
+    return True
 
 
 def _torch_loads_weights_only() -> bool:
@@ -102,7 +100,8 @@ SUBSTITUTIONS = (
         _cli_lost("save_config_overwrite"),
     ),
     Substitution("*/train.py", r"\bauto_registry=\w+,?", "", _cli_lost("auto_registry")),
-    Substitution("*/train.py", r',\s*"error_handler": None', "", _parser_lost_error_handler),
+    # every jsonargparse that is supported has exit_on_error in its place
+    Substitution("*/train.py", r',\s*"error_handler": None', "", _always),
     # upstream's checkpoints hold their hyperparameters too, and come from whom the user names
     Substitution(
         "*/module.py",

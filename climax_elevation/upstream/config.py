@@ -145,7 +145,7 @@ class _Reader:
         if key != option.name and self._retired(key):
             if option.value is None:
                 raise InputError(f"{option.name} needs a value, and Lightning no longer has it: leave it out")
-            self.retire(key, yaml.safe_load(option.value), option.name)
+            self.retire(key, _parsed(option.value), option.name)
             return ()
         if self.stand_in and option.value == CLIMAX_CLASS and option.name in ("--model.net", "--model.net.class_path"):
             _log_stand_in(option.name)
@@ -162,7 +162,7 @@ class _Reader:
         except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
             raise InputError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(config, DictConfig):
-            raise InputError(f"{name} holds no configuration: it is a list, and should have the keys trainer, model, data")
+            raise InputError(f"{name} holds no configuration: it should have the keys trainer, model and data")
         self.texts.append(OmegaConf.to_yaml(config))
         if not self._edit(config, name):
             return name
@@ -214,6 +214,10 @@ def _child(config: DictConfig | None, key: str) -> DictConfig | None:
     """A part of a configuration, unless it is absent or an interpolation."""
     child = None if config is None else config._get_node(key)
     return child if isinstance(child, DictConfig) else None
+
+
+def _parsed(value: str) -> Any:
+    return _plain(OmegaConf.from_dotlist([f"value={value}"]))["value"]
 
 
 def _plain(config: DictConfig) -> dict[Any, Any]:

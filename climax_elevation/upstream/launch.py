@@ -37,7 +37,7 @@ def train(module: str, climax: Path | None, arguments: list[str]) -> None:
         source = find_climax(climax)
     except ClimaXNotFound as error:
         if module != "global_forecast":
-            raise InputError(f"{module} needs ClimaX, and the stand-in host has global_forecast alone: {error}") from None
+            raise InputError(f"{module} needs ClimaX, the stand-in host has global_forecast alone: {error}") from None
         source, why = None, str(error)
     from climax_elevation.upstream.lightning import training_errors
 
@@ -88,5 +88,5 @@ def _say(message: str, *values: object) -> None:
     """Log once, not once a process."""
     from pytorch_lightning.utilities import rank_zero_only
 
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         logger.info(message, *values)

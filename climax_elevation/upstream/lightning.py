@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import ParallelStrategy
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from climax_elevation.errors import InputError
 
@@ -41,7 +40,12 @@ class TrainingCLI(LightningCLI):
             super().__init__(**options)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(**kwargs | {"exit_on_error": False})
+        kwargs["exit_on_error"] = False
+        try:
+            # upstream's "omegaconf" resolves ${trainer.default_root_dir} before the command line overrides it
+            return super().init_parser(**kwargs | {"parser_mode": "omegaconf+"})
+        except ValueError:  # this jsonargparse has no such mode
+            return super().init_parser(**kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(self._arguments)
@@ -49,12 +53,12 @@ class TrainingCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if self._resume is not None:
             self.trainer.fit = functools.partial(self.trainer.fit, ckpt_path=self._checkpoint(self._resume))  # type: ignore[method-assign]
-        if self.trainer.fast_dev_run:
+        if self.config.trainer.fast_dev_run:
             # upstream's scripts test the best checkpoint, and this saves none
             self.trainer.test = _without_checkpoint(self.trainer.test)  # type: ignore[method-assign]
 
     def _checkpoint(self, written: str) -> str:
-        config = OmegaConf.create(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+        config = OmegaConf.create(self.parser.dump(self.config, skip_none=False))
         config.resume_from_checkpoint = written
         path = str(config.resume_from_checkpoint)
         if "://" not in path and not Path(path).exists():

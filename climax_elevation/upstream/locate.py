@@ -71,8 +71,8 @@ def _installed() -> Path:
     if spec is not None:
         where = f" in {folders[0]}" if folders else ""
         raise ClimaXNotFound(
-            f"ClimaX is not installed: the package climax{where} is an unrelated command-line library from PyPI; give a "
-            f"checkout of microsoft/ClimaX with --climax or {VARIABLE}"
+            f"ClimaX is not installed: the package climax{where} is an unrelated command-line library from PyPI; "
+            f"give a checkout of microsoft/ClimaX with --climax or {VARIABLE}"
         )
     raise ClimaXNotFound(
         f"ClimaX is not installed: give a checkout of microsoft/ClimaX with --climax or {VARIABLE}, or install "

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 from climax_elevation.upstream.compat import bridge
 from climax_elevation.upstream.locate import Source
@@ -57,5 +58,5 @@ def importable(folder: Path) -> Iterator[None]:
         sys.modules.update(hidden)
 
 
-def _forget() -> dict[str, object]:
+def _forget() -> dict[str, ModuleType]:
     return {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "climax"}

@@ -120,7 +120,7 @@ def examine(package: Path) -> Examination:
     done = ", ".join(name for name in ORIGINALS if name not in unpatched)
     return Examination(
         State.HALF,
-        f"{package}: half patched, only {done}; `climax-elevation patch apply` completes it and `patch revert` undoes it",
+        f"{package}: half patched, only {done}; `climax-elevation patch apply` completes it, `patch revert` undoes it",
     )
 
 

@@ -7,10 +7,10 @@ versions. Only this script writes the two files.
 """
 
 import hashlib
+import importlib
 import json
 import math
 import os
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -21,6 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from climax_elevation.upstream import find_climax, overlay
+from climax_elevation.upstream.overlay import importable
+from climax_elevation.upstream.patching import COMMIT, State
 
 HERE = Path(__file__).parent
 NAMES = ["land_sea_mask", "orography", "lattitude", "2m_temperature", "10m_u_component_of_wind"]
@@ -119,39 +123,28 @@ def _to_physical(x: Tensor) -> Tensor:
     return 2.5 * x + 4.0
 
 
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _write(source: Path) -> None:
-    from climax_elevation.upstream import find_climax, overlay
-
-    found = find_climax(source)
-    if found.state is not State.PRISTINE:
-        sys.exit(f"the reference is of unmodified ClimaX: {found.examination.sentence}")
+def _write(checkout: Path) -> None:
+    found = find_climax(checkout)
+    if found.state is not State.UNPATCHED:
+        sys.exit(f"the reference is unmodified ClimaX: {found.examination.sentence}")
     arrays: dict[str, np.ndarray] = {}
     cases: dict[str, Any] = {}
-    with overlay(found, patched=False) as folder:
-        sys.path.insert(0, str(folder))
-        from climax.arch import ClimaX
-        from climax.utils import metrics
-
+    with overlay(found, patched=False) as folder, importable(folder):
+        climax = importlib.import_module("climax.arch").ClimaX
+        metrics = importlib.import_module("climax.utils.metrics")
         for case, settings in CASES.items():
-            fresh = ClimaX(NAMES, **settings["model"])
+            fresh = climax(NAMES, **settings["model"])
             arrays |= {f"{case}/{name}": getattr(fresh, name).detach().numpy() for name in ("pos_embed", "var_embed")}
-            model = build(ClimaX, case)
+            model = build(climax, case)
             arrays |= {f"{case}/{name}": values for name, values in run(model, metrics, case).items()}
             cases[case] = {**settings, "state_dict": shapes(model)}
     np.savez_compressed(HERE / "reference.npz", **arrays)  # type: ignore[arg-type]
-    commit = subprocess.run(
-        ["git", "-C", str(found.package), "rev-parse", "HEAD"], check=True, capture_output=True, text=True
-    ).stdout.strip()
+    files = [found.package / "arch.py", found.package / "utils" / "metrics.py", HERE / "reference.npz"]
     manifest = {
         "source": "microsoft/ClimaX",
-        "commit": commit,
-        "arch.py sha256": _sha256((found.package / "arch.py").read_bytes()),
+        "commit": COMMIT,
+        "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
         "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
-        "reference.npz sha256": _sha256((HERE / "reference.npz").read_bytes()),
         "default_vars": NAMES,
         "cases": cases,
     }

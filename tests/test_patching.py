@@ -1,0 +1,307 @@
+"""The patch is applied as a whole or not at all, to what it was made for and to nothing else."""
+
+import difflib
+import os
+import shutil
+import stat
+import subprocess
+
+import pytest
+
+from climax_elevation.errors import InputError
+from climax_elevation.upstream import find_climax, locate, overlay, patching
+from climax_elevation.upstream.patching import State, apply, check, package_folder, replace_all, revert
+
+TOY = {
+    "arch.py": "first\nkeep\nsecond\nkeep\nthird\n",
+    "regional_forecast/arch.py": "one\ntwo\nthree\n",
+    "climate_projection/arch.py": "alpha\nbeta\n",
+}
+TOY_PATCHED = {
+    "arch.py": "first\nkeep\nadded\nsecond\nkeep\nchanged\n",
+    "regional_forecast/arch.py": "one\ntwo\nthree\nfour\n",
+    "climate_projection/arch.py": "beta\n",
+}
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    run = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+def toy_patch(name):
+    lines = difflib.unified_diff(
+        TOY[name].splitlines(True),
+        TOY_PATCHED[name].splitlines(True),
+        f"a/src/climax/{name}",
+        f"b/src/climax/{name}",
+        n=1,
+    )
+    return f"Why.\n\ndiff --git a/src/climax/{name} b/src/climax/{name}\n{''.join(lines)}".encode()
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """An unpatched checkout of three short files, with a patch each."""
+    folder = tmp_path / "checkout"
+    package = folder / "src" / "climax"
+    for name, text in TOY.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    (package / "utils").mkdir()
+    ids = {name: git(tmp_path, "hash-object", str(package / name)) for name in TOY}
+    patches = [(f"{name.replace('/', '-')}.patch", toy_patch(name)) for name in TOY]
+    monkeypatch.setattr(patching, "ORIGINALS", ids)
+    monkeypatch.setattr(patching, "read_patches", lambda: patches)
+    return folder
+
+
+@pytest.fixture(params=["toy", "ClimaX"])
+def checkout(request, tmp_path):
+    """The toy, and a copy of real ClimaX where there is one."""
+    if request.param == "toy":
+        return request.getfixturevalue("toy")
+    folder = tmp_path / "checkout"
+    source = package_folder(request.getfixturevalue("climax"))
+    shutil.copytree(source, folder / "src" / "climax", ignore=shutil.ignore_patterns("__pycache__"))
+    revert(folder)
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".git" not in path.parts}
+
+
+def target(folder, name="arch.py"):
+    return folder / "src" / "climax" / name
+
+
+def test_apply_and_revert_are_whole_and_repeatable(checkout):
+    before = contents(checkout)
+    assert check(checkout).state is State.UNPATCHED
+
+    assert ": patched" in apply(checkout)
+    patched = contents(checkout)
+    assert check(checkout).state is State.PATCHED
+    changed = {str(path.relative_to(checkout / "src/climax")) for path in before if patched[path] != before[path]}
+    assert changed == set(patching.ORIGINALS)
+    assert patched.keys() == before.keys()  # nothing staged is left behind
+
+    assert "nothing to do" in apply(checkout)
+    assert contents(checkout) == patched
+
+    assert "reverted" in revert(checkout)
+    assert contents(checkout) == before
+    assert "nothing to do" in revert(checkout)
+    assert contents(checkout) == before
+
+    apply(checkout)
+    assert contents(checkout) == patched
+
+
+def test_toy_is_patched_as_written(toy):
+    apply(toy)
+    assert {name: target(toy, name).read_text() for name in TOY} == TOY_PATCHED
+
+
+@pytest.mark.parametrize("place", [".", "src", "src/climax"])
+def test_each_way_to_name_a_copy(toy, place):
+    apply(toy / place)
+    assert check(toy).state is State.PATCHED
+
+
+def test_line_endings_and_modes_are_kept(checkout):
+    file = target(checkout)
+    file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
+    file.chmod(0o640)
+    before = contents(checkout)
+    apply(checkout)
+    content = file.read_bytes()
+    assert content.count(b"\n") == content.count(b"\r\n") > before[file].count(b"\n")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    revert(checkout)
+    assert contents(checkout) == before
+
+
+@pytest.mark.parametrize("action", [apply, revert])
+def test_a_failure_half_way_changes_nothing(checkout, monkeypatch, action):
+    if action is revert:
+        apply(checkout)
+    before = contents(checkout)
+    replace = os.replace
+    calls = []
+
+    def failing(source, destination):
+        calls.append(destination)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(InputError, match=r"disk full.*nothing was changed"):
+        action(checkout)
+    assert contents(checkout) == before
+
+
+def test_interrupting_leaves_nothing_staged(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("before")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        replace_all({file: b"after"})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "before"
+
+
+@pytest.mark.parametrize("action", [apply, revert])
+def test_half_patched_is_told_and_mended_either_way(checkout, action):
+    unpatched = contents(checkout)
+    apply(checkout)
+    patched = contents(checkout)
+    target(checkout).write_bytes(unpatched[target(checkout)])
+
+    found = check(checkout)
+    assert found.state is State.HALF
+    assert "regional_forecast/arch.py" in found.sentence
+    action(checkout)
+    assert contents(checkout) == (patched if action is apply else unpatched)
+
+
+@pytest.mark.parametrize("action", [apply, revert])
+def test_local_changes_are_refused_with_the_commit(checkout, action):
+    git(checkout, "init", "-q")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-qm", "another version")
+    target(checkout).write_bytes(target(checkout).read_bytes() + b"# mine\n")
+    before = contents(checkout)
+
+    found = check(checkout)
+    assert found.state is State.MODIFIED
+    assert found.modified == ("arch.py",)
+    with pytest.raises(InputError) as error:
+        action(checkout)
+    message = str(error.value)
+    assert "arch.py is neither" in message
+    assert git(checkout, "rev-parse", "HEAD")[:7] in message
+    assert patching.COMMIT[:7] in message
+    assert contents(checkout) == before
+
+
+def test_a_patched_copy_with_a_hunk_elsewhere_is_not_taken_for_patched(toy):
+    apply(toy)
+    file = target(toy)
+    # "added" one line up: with a line of context, git would revert it all the same
+    file.write_text("first\nadded\nkeep\nsecond\nkeep\nchanged\n")
+    assert check(toy).state is State.MODIFIED
+
+
+def test_another_repository_around_it_does_not_matter(checkout, monkeypatch):
+    outer = checkout.parent
+    git(outer, "init", "-q")
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))  # as in a hook
+    monkeypatch.setenv("TMPDIR", str(outer))
+    monkeypatch.setattr("tempfile.tempdir", str(outer))
+    apply(checkout)
+    assert check(checkout).state is State.PATCHED
+
+
+def test_without_git(checkout, monkeypatch):
+    before = contents(checkout)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(InputError, match=r"git.*install"):
+        apply(checkout)
+    assert contents(checkout) == before
+    assert check(checkout).state is State.UNPATCHED  # known by content
+
+
+def test_what_is_not_climax(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        check(tmp_path / "absent")
+    with pytest.raises(InputError, match="holds no package climax"):
+        check(tmp_path)
+    (tmp_path / "climax").mkdir()
+    (tmp_path / "climax" / "__init__.py").touch()
+    with pytest.raises(InputError, match="unrelated command-line library"):
+        check(tmp_path)
+
+
+def test_published_patches_are_short_and_say_why():
+    patches = dict(patching.read_patches())
+    assert len(patches) == 3
+    touched = set()
+    for name, patch in patches.items():
+        header, _, change = patch.decode().partition("diff --git ")
+        assert header.strip(), f"{name} does not say what it is for"
+        lines = change.splitlines()
+        touched |= {line.removeprefix("+++ b/src/climax/") for line in lines if line.startswith("+++ ")}
+        if "src/climax/arch.py " in lines[0]:
+            assert sum(line.startswith("+") and not line.startswith("+++") for line in lines) <= 15
+    assert touched == set(patching.ORIGINALS)
+
+
+def test_overlay_leaves_the_copy_alone_and_nothing_behind(checkout):
+    before = contents(checkout)
+    for patched in (False, True):
+        with overlay(find_climax(checkout), patched=patched) as folder:
+            inside = contents(folder)
+            assert (folder / "climax" / "arch.py").is_file()
+        assert not folder.exists()
+        assert inside
+        assert contents(checkout) == before
+
+
+def test_overlay_is_patched_on_request_only(checkout):
+    for done in (False, True):
+        if done:
+            apply(checkout)
+        wanted = {}
+        for patched in (False, True):
+            with overlay(find_climax(checkout), patched=patched) as folder:
+                wanted[patched] = (folder / "climax" / "arch.py").read_bytes()
+        assert (wanted[False] == wanted[True]) == done
+
+
+def test_overlay_takes_local_changes_that_the_patches_fit(toy, caplog):
+    target(toy).write_text(TOY["arch.py"] + "mine\n")
+    with overlay(find_climax(toy), patched=True) as folder:
+        assert (folder / "climax" / "arch.py").read_text() == TOY_PATCHED["arch.py"] + "mine\n"
+    assert "arch.py is neither" in caplog.text
+
+    target(toy).write_text("something else\n")
+    with pytest.raises(InputError, match="patches do not fit"), overlay(find_climax(toy), patched=True):
+        pass
+
+
+def test_order_of_looking_for_climax(toy, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(toy, other)
+    installed = tmp_path / "installed"
+    shutil.copytree(toy / "src", installed)
+    monkeypatch.syspath_prepend(installed)
+    monkeypatch.setenv("CLIMAX_SRC", str(other))
+    assert find_climax(toy).package == toy / "src" / "climax"
+    assert find_climax(toy).origin == "given"
+    assert find_climax().package == other / "src" / "climax"
+    monkeypatch.delenv("CLIMAX_SRC")
+    assert find_climax().package == installed / "climax"
+    assert find_climax().origin == "installed"
+
+
+def test_wrong_environment_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIMAX_SRC", str(tmp_path / "absent"))
+    with pytest.raises(InputError, match=r"CLIMAX_SRC: .*absent does not exist"):
+        find_climax()
+
+
+def test_the_unrelated_package_is_not_taken_for_climax(tmp_path, monkeypatch):
+    (tmp_path / "climax").mkdir()
+    (tmp_path / "climax" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv("CLIMAX_SRC", raising=False)
+    with pytest.raises(locate.ClimaXNotFound, match="unrelated command-line library"):
+        find_climax()
