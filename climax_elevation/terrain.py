@@ -422,9 +422,9 @@ class TerrainReader(nn.Module):
             )
         self._checked = True
         logger.info(
-            "terrain: elevation %.0f to %.0f m (patch means, from %s)%s",
-            low,
-            high,
+            "terrain: elevation %d to %d m (patch means, from %s)%s",
+            round(low),
+            round(high),
             origin,
             _wind_range(terrain.speed),
         )

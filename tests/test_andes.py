@@ -27,19 +27,44 @@ def andes(data, tmp_path_factory):
     return folder / "shards"
 
 
+def train(module, shards, tmp_path, *settings, config=CONFIG, **environment):
+    """Train for a few steps, to the end of the script; the lines it wrote, and alpha's moves."""
+    given = ["--config", config, f"--data.root_dir={shards}", "--data.batch_size=4", "--model.warmup_epochs=1"]
+    given += [f"--trainer.{setting}" for setting in SHORT]
+    done = run("train", module, "--", *given, *settings, cwd=tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "test/w_rmse_2m_temperature" in done.stdout
+    moves = [line for line in done.stderr.splitlines() if "elevation_alpha moved from 1 to" in line]
+    # nothing decays alpha, so it is its gradient that moved it
+    assert all(float(line.rpartition(" ")[2]) != 1.0 for line in moves)
+    return done.stderr, moves
+
+
 @pytest.mark.parametrize("on", [False, True])
 @pytest.mark.parametrize("host", ["stand-in", "ClimaX"])
 def test_the_andes_train_to_the_end(andes, no_climax, tmp_path, request, host, on):
     source = {"CLIMAX_SRC": str(request.getfixturevalue("climax"))} if host == "ClimaX" else {}
-    settings = ["--config", CONFIG, f"--data.root_dir={andes}", "--data.batch_size=4"]
-    settings += [f"--trainer.{setting}" for setting in SHORT]
-    settings += [f"--model.net.init_args.use_physics_mask={str(on).lower()}", "--model.warmup_epochs=1"]
-    done = run("train", "global_forecast", "--", *settings, cwd=tmp_path, **source)
+    flag = f"--model.net.init_args.use_physics_mask={str(on).lower()}"
+    said, moves = train("global_forecast", andes, tmp_path, flag, **source)
+    assert f"host: {host}" in said
+    assert len(moves) == on
+    assert ("elevation -2 to 4499 m" in said) == on
+
+
+def test_a_region_of_it_trains_too(andes, climax, tmp_path):
+    config = tmp_path / "regional.yaml"
+    config.write_text(CONFIG.read_text().replace("climax.arch.ClimaX", "climax.regional_forecast.arch.RegionalClimaX"))
+    region = "--data.region=SouthAmerica"
+    said, moves = train("regional_forecast", andes, tmp_path, region, config=config, CLIMAX_SRC=str(climax))
+    assert len(moves) == 1
+    assert "host: ClimaX" in said
+
+
+def test_a_projected_grid_trains_too(data, no_climax, climax, tmp_path):
+    """HRRR: 78 x 41 pixels of 3 km, with latitude in two dimensions."""
+    done = run("prepare", data / "hrrr_idaho_hourly.nc", tmp_path / "shards", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"host: {host}" in done.stderr
-    assert "test/w_rmse_2m_temperature" in done.stdout
-    moved = [line for line in done.stderr.splitlines() if "elevation_alpha moved from 1 to" in line]
-    assert len(moved) == on
-    # nothing decays alpha, so it is its gradient that moved it
-    assert all(float(line.rpartition(" ")[2]) != 1.0 for line in moved)
-    assert ("elevation -2 to 4499 m" in done.stderr) == on
+    sizes = ["--model.net.init_args.img_size=[78, 40]", "--model.net.init_args.patch_size=2", "--data.hrs_each_step=1"]
+    said, moves = train("global_forecast", tmp_path / "shards", tmp_path, *sizes, CLIMAX_SRC=str(climax))
+    assert len(moves) == 1
+    assert "host: ClimaX" in said

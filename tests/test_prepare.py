@@ -34,7 +34,8 @@ def test_round_trip_value_by_value(tmp_path: Path) -> None:
         assert written[name].shape == (40, 1, 6, 8)
         np.testing.assert_array_equal(written[name], np.broadcast_to(expected[called].to_numpy(), (40, 1, 6, 8)))
     np.testing.assert_array_equal(np.load(done.out / "lat.npy"), expected.latitude)
-    np.testing.assert_array_equal(np.load(done.out / "lon.npy"), expected.longitude)
+    # counted from 0 to 360, as in ClimaX's regions
+    np.testing.assert_array_equal(np.load(done.out / "lon.npy"), expected.longitude + 360)
     np.testing.assert_array_equal(written["lattitude"][3, 0, :, 5], expected.latitude.astype(np.float32))
     assert done.shape == (6, 8)
     assert done.hours_per_step == 6
@@ -327,7 +328,7 @@ def test_hrrr_on_its_two_dimensional_grid(tmp_path: Path, data: Path, caplog: py
     turned = bool(source.latitude.mean("x")[0] > source.latitude.mean("x")[-1])
     expected = source.isel(y=slice(None, None, -1 if turned else 1), x=slice(40))
     np.testing.assert_array_equal(lat2d, expected.latitude)
-    np.testing.assert_array_equal(lon2d, expected.longitude)
+    np.testing.assert_array_equal(lon2d, expected.longitude + 360)
     np.testing.assert_allclose(lat, lat2d.mean(axis=1))
     np.testing.assert_allclose(lon, lon2d.mean(axis=0))
     assert (np.diff(lat) > 0).all()

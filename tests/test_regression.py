@@ -5,7 +5,7 @@ import importlib
 import pickle
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 
 from climax_elevation import PhysicsGuidedBlockCorrected
 from climax_elevation.upstream import find_climax, overlay
+from climax_elevation.upstream.overlay import importable
 
 WINDS = ["10m_u_component_of_wind", "10m_v_component_of_wind"]
 VARIABLES = ["orography", "2m_temperature", *WINDS]
@@ -32,19 +33,8 @@ LOADERS = ["global_forecast.module", "regional_forecast.module", "climate_projec
 CASES = ["global", "global parallel", "regional", "projection", "projection parallel"]
 
 
-@contextmanager
-def importable(folder):
-    """The package `climax` of `folder`, and of no other."""
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "climax"}
-    sys.path.insert(0, str(folder))
-    try:
-        yield lambda name: importlib.import_module(f"climax.{name}")
-    finally:
-        sys.path.remove(str(folder))
-        for name in list(sys.modules):
-            if name.split(".")[0] == "climax":
-                del sys.modules[name]
-        sys.modules |= hidden
+def load(module):
+    return importlib.import_module(f"climax.{module}")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +44,7 @@ def both(climax):
         found = {}
         for name, patched in (("plain", False), ("patched", True)):
             folder = stack.enter_context(overlay(find_climax(climax), patched=patched))
-            with importable(folder) as load:
+            with importable(folder):
                 modules = {module: load(module) for module in MODULES + LOADERS}
             found[name] = SimpleNamespace(
                 folder=folder,
@@ -217,7 +207,7 @@ def test_frozen_encoders_leave_the_bias_trainable(both, elevation_file):
 
 @pytest.mark.parametrize("case", CASES)
 def test_copies_are_independent(both, case, elevation_file):
-    with importable(both.patched.folder) as load:
+    with importable(both.patched.folder):
         classes = SimpleNamespace(
             ClimaX=load("arch").ClimaX,
             RegionalClimaX=load("regional_forecast.arch").RegionalClimaX,

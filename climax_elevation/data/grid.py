@@ -136,6 +136,7 @@ def _regular(lat: Array, lon: Array, dims: tuple[str, str]) -> Grid:
         lon = np.roll(lon, roll)
         if roll:
             logger.info("columns rolled: a global grid starts at 0 degrees east in ClimaX's files")
+    lon = lon + _turn(lon)
     lat2d = np.repeat(lat[:, None], len(lon), axis=1)
     return Grid(dims, lat, lon, lat2d, None, (bool(flips[0]), bool(flips[1])), roll, (lat, lon))
 
@@ -151,6 +152,8 @@ def _curvilinear(lat2d: Array, lon2d: Array, dims: tuple[str, str]) -> Grid:
             "the 2-D grid is turned so far that its rows do not go from south to north on average, "
             "nor its columns from west to east: regrid it to latitude and longitude first"
         )
+    turn = _turn(lon)
+    lon, lon2d = lon + turn, lon2d + turn
     weights = np.cos(np.deg2rad(lat))
     true = np.cos(np.deg2rad(lat2d))
     logger.info(
@@ -164,6 +167,22 @@ def _curvilinear(lat2d: Array, lon2d: Array, dims: tuple[str, str]) -> Grid:
     if any(flips):
         logger.info("turned round so that mean latitude and longitude rise: rows %s, columns %s", *flips)
     return Grid(dims, lat, lon, lat2d, lon2d, flips, 0, (lat, lon))
+
+
+def _turn(lon: Array) -> float:
+    """Degrees to add, a multiple of 360, so that a region's longitudes are from 0 to 360 as ClimaX's regions are."""
+    first, last = np.floor(np.round(lon[[0, -1]], 9) / 360)
+    if first != last:
+        logger.info(
+            "longitude runs from %g to %g, across 0 degrees east: ClimaX's regions, from 0 to 360, hold only the part "
+            "that lies there",
+            lon[0],
+            lon[-1],
+        )
+        return 0.0
+    if first:
+        logger.info("longitude is counted from 0 to 360 degrees east, as in ClimaX's regions")
+    return -360.0 * float(first)
 
 
 def _target(grid: Grid, regrid: str) -> Grid:
