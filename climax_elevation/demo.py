@@ -230,7 +230,7 @@ def _data(out: Path, hours: int) -> GlobalForecastDataModule:
 def _train(net: StandInClimaX, out: Path, hours: int, seed: int, steps: int, name: str) -> Run:
     for logger in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.ERROR)
-    seed_everything(seed, verbose=False)
+    seed_everything(seed)
     module = GlobalForecastModule(net, lr=LEARNING_RATE, warmup_epochs=steps // 10, max_epochs=steps)
     watch = _Watch(steps, name)
     start = _scalars(net)

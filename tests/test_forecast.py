@@ -77,7 +77,7 @@ class _Losses(Callback):
 
 def test_training_with_terrain_lowers_the_loss_and_moves_alpha(tmp_path: Path) -> None:
     root = tiny_data.write(tmp_path / "data")
-    seed_everything(1, verbose=False)
+    seed_everything(1)
     losses = _Losses()
     module = _untrained(_terrain_net(root), lr=1e-2)
     trainer = _trainer(tmp_path, 10, losses)
@@ -126,7 +126,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, workers: int)
     root = tiny_data.write(tmp_path / "data")
 
     def run(folder: str, epochs: int, checkpoint: Path | None) -> tuple[GlobalForecastModule, list[float]]:
-        seed_everything(5, verbose=False)
+        seed_everything(5)
         module, losses = _untrained(_terrain_net(root)), _Losses()
         data = _data(root, num_workers=workers)
         if checkpoint is not None:
@@ -147,7 +147,7 @@ def test_dropout_differs_between_steps_and_follows_the_seed(tmp_path: Path) -> N
     root = tiny_data.write(tmp_path / "data", train=(5,))
     runs = []
     for seed in (1, 1, 2):
-        seed_everything(seed, verbose=False)
+        seed_everything(seed)
         net = _net()
         fill(net)
         module, losses = _untrained(net, lr=1e-30, warmup_start_lr=1e-30, eta_min=0.0), _Losses()
