@@ -13,12 +13,12 @@ from climax_elevation.upstream import find_climax, locate, overlay, patching
 from climax_elevation.upstream.patching import State, apply, check, package_folder, replace_all, revert
 
 TOY = {
-    "arch.py": "first\nkeep\nsecond\nkeep\nthird\n",
+    "arch.py": "first\nkeep\nsecond\nkeep\nsecond\nmiddle\nthird\n",
     "regional_forecast/arch.py": "one\ntwo\nthree\n",
     "climate_projection/arch.py": "alpha\nbeta\n",
 }
 TOY_PATCHED = {
-    "arch.py": "first\nkeep\nadded\nsecond\nkeep\nchanged\n",
+    "arch.py": "first\nkeep\nadded\nsecond\nkeep\nsecond\nmiddle\nchanged\n",
     "regional_forecast/arch.py": "one\ntwo\nthree\nfour\n",
     "climate_projection/arch.py": "beta\n",
 }
@@ -195,15 +195,16 @@ def test_local_changes_are_refused_with_the_commit(checkout, action):
 def test_a_patched_copy_with_a_hunk_elsewhere_is_not_taken_for_patched(toy):
     apply(toy)
     file = target(toy)
-    # "added" one line up: with a line of context, git would revert it all the same
-    file.write_text("first\nadded\nkeep\nsecond\nkeep\nchanged\n")
+    # between the other "keep" and "second", where git, with a line of context, would revert it all the same
+    file.write_text("first\nkeep\nsecond\nkeep\nadded\nsecond\nmiddle\nchanged\n")
     assert check(toy).state is State.MODIFIED
 
 
 def test_another_repository_around_it_does_not_matter(checkout, monkeypatch):
     outer = checkout.parent
     git(outer, "init", "-q")
-    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))  # as in a hook
+    monkeypatch.setenv("GIT_DIR", str(outer / ".git"))  # as a hook may have them
+    monkeypatch.setenv("GIT_WORK_TREE", str(outer))
     monkeypatch.setenv("TMPDIR", str(outer))
     monkeypatch.setattr("tempfile.tempdir", str(outer))
     apply(checkout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -135,14 +134,13 @@ class _Reader:
         self.stand_in = stand_in
         self.resume: str | None = None
         self.texts: list[str] = []
-        self.signature = _trainer_keys()
 
     def option(self, option: _Option) -> tuple[str, ...]:
         """The arguments to pass on for an option."""
         key = option.name.removeprefix("--trainer.")
         if option.name in ("--config", "-c") and option.value is not None:
             return option.with_value(self.file(option.value))
-        if key != option.name and self._retired(key):
+        if key != option.name and (key in RETIRED or key == RESUME):
             if option.value is None:
                 raise InputError(f"{option.name} needs a value, and Lightning no longer has it: leave it out")
             self.retire(key, _parsed(option.value), option.name)
@@ -181,7 +179,7 @@ class _Reader:
         if trainer is not None:
             # interpolations stay what they are: the command line may override what they refer to
             for key, value in _plain(trainer).items():
-                if self._retired(str(key)):
+                if key in RETIRED or key == RESUME:
                     self.retire(str(key), value, f"trainer.{key} in {name}")
                     del trainer[key]
                     changed = True
@@ -191,9 +189,6 @@ class _Reader:
             net.class_path = STAND_IN_CLASS
             changed = True
         return changed
-
-    def _retired(self, key: str) -> bool:
-        return (key in RETIRED or key == RESUME) and key not in self.signature
 
     def retire(self, key: str, value: Any, where: str) -> None:
         """Drop a key that had no effect, remember the checkpoint to resume from, and refuse any other."""
@@ -223,12 +218,6 @@ def _parsed(value: str) -> Any:
 def _plain(config: DictConfig) -> dict[Any, Any]:
     """A copy whose interpolations are left as they are written."""
     return cast(dict[Any, Any], OmegaConf.to_container(config, resolve=False))
-
-
-def _trainer_keys() -> set[str]:
-    from pytorch_lightning import Trainer
-
-    return set(inspect.signature(Trainer.__init__).parameters)
 
 
 def _log_stand_in(where: str) -> None:

@@ -17,8 +17,6 @@ from pytorch_lightning.strategies import ParallelStrategy
 
 from climax_elevation.errors import InputError
 
-WORKER_ERROR = "Original Traceback"  # in the message of an error that a DataLoader's worker passed on
-
 
 class TrainingCLI(LightningCLI):
     """LightningCLI with given arguments, and with a checkpoint to go on from.
@@ -103,11 +101,6 @@ def training_errors() -> Iterator[None]:
         # ClimaX's YAML files ask for a GPU
         hint = "; choose another with --trainer.accelerator" if "backend found" in str(error) else ""
         raise InputError(f"Lightning: {_line(error)}{hint}") from error
-    except InputError as error:
-        text = str(error)
-        if WORKER_ERROR not in text:
-            raise
-        raise InputError(text.rpartition("InputError: ")[2].strip()) from error
     except ValueError as error:
         if 'ckpt_path="best"' not in str(error):
             raise
