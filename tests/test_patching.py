@@ -283,6 +283,7 @@ def test_order_of_looking_for_climax(toy, tmp_path, monkeypatch):
     shutil.copytree(toy, other)
     installed = tmp_path / "installed"
     shutil.copytree(toy / "src", installed)
+    (installed / "climax" / "__init__.py").touch()  # or a ClimaX that is really installed would come first
     monkeypatch.syspath_prepend(installed)
     monkeypatch.setenv("CLIMAX_SRC", str(other))
     assert find_climax(toy).package == toy / "src" / "climax"
