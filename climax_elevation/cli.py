@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from climax_elevation.errors import InputError
+from climax_elevation.upstream.launch import MODULES
 
-MODULES = ("global_forecast", "regional_forecast", "climate_projection", "pretrain")
 INTERRUPTED = 130  # what a shell returns for a program that was stopped by Ctrl-C
 
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from climax_elevation.elevation_file import STANDARD_GRAVITY_M_S2
 from climax_elevation.errors import InputError
 
-GRAVITY_M_S2 = 9.80665
 """Standard gravity, which turns ECMWF's geopotential (m2 s-2) into height (m)."""
 
 CLIMAX_LEVELS_HPA = (50, 250, 500, 600, 700, 850, 925)
@@ -61,11 +61,11 @@ _HEIGHT_SPELLINGS = ("m", "metre", "metres", "meter", "meters", "gpm", "geopoten
 _GEOPOTENTIAL_SPELLINGS = ("m2s-2", "m2/s2", "jkg-1", "j/kg")
 _GEOPOTENTIAL = {
     **_same(*_GEOPOTENTIAL_SPELLINGS),
-    **_same(*_HEIGHT_SPELLINGS, factor=GRAVITY_M_S2),
+    **_same(*_HEIGHT_SPELLINGS, factor=STANDARD_GRAVITY_M_S2),
 }
 _HEIGHT = {
     **_same(*_HEIGHT_SPELLINGS),
-    **_same(*_GEOPOTENTIAL_SPELLINGS, factor=1 / GRAVITY_M_S2),
+    **_same(*_GEOPOTENTIAL_SPELLINGS, factor=1 / STANDARD_GRAVITY_M_S2),
     **_same("km", factor=1000.0),
     **_same("ft", "feet", factor=0.3048),
 }

@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
+from climax_elevation.terrain import HOURS_PER_LEAD_TIME
 
 logger = logging.getLogger(__name__)
-
-HOURS_PER_LEAD_TIME = 100.0  # ClimaX feeds lead times in hundreds of hours
 
 Sample = tuple[Tensor, Tensor, Tensor, list[str], list[str]]
 
