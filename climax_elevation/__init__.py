@@ -2,23 +2,33 @@
 
 from climax_elevation.attach import attach
 from climax_elevation.attention import biased_attention
-from climax_elevation.bias import ElevationBias, PhysicsBias
-from climax_elevation.block import PhysicsGuidedBlockCorrected
+from climax_elevation.bias import (
+    ElevationBias,
+    PhysicsBias,
+    RelativePositionBias3D,
+    build_bias,
+    compute_patch_coords_3d,
+)
+from climax_elevation.block import Attention3D, PhysicsGuidedBlockCorrected
 from climax_elevation.errors import InputError
-from climax_elevation.registry import available_biases, build_bias, register_bias
-from climax_elevation.terrain import Terrain, TerrainReader, downsample_elevation
+from climax_elevation.reader import TerrainReader
+from climax_elevation.registry import available_biases, register_bias
+from climax_elevation.terrain import Terrain, downsample_elevation
 
 __all__ = [
+    "Attention3D",
     "ElevationBias",
     "InputError",
     "PhysicsBias",
     "PhysicsGuidedBlockCorrected",
+    "RelativePositionBias3D",
     "Terrain",
     "TerrainReader",
     "attach",
     "available_biases",
     "biased_attention",
     "build_bias",
+    "compute_patch_coords_3d",
     "downsample_elevation",
     "register_bias",
 ]

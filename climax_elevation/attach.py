@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from climax_elevation.attention import check_engine, choose_engine
-from climax_elevation.bias import ElevationBias, PhysicsBias
+from climax_elevation.bias import ElevationBias, PhysicsBias, build_bias
+from climax_elevation.bias.total import check_arguments
 from climax_elevation.block import PhysicsGuidedBlockCorrected, TerrainBlock, check_host_block
+from climax_elevation.checks import one_of, positive
 from climax_elevation.elevation_file import read_elevation_file
 from climax_elevation.errors import InputError
-from climax_elevation.registry import bias_arguments, build_bias
+from climax_elevation.order import PATCH_ORDERS
+from climax_elevation.reader import TerrainReader
 from climax_elevation.statistics import read_folder
-from climax_elevation.terrain import TerrainReader
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ def attach(
     engine: str = "auto",
     static_terrain: bool = False,
     terrain_is_flat: bool = False,
+    grid_spacing_m: float | None = None,
+    patch_order: str = "raster",
     **bias_args: Any,
 ) -> None:
     """Make the attention of a ClimaX model's blocks terrain-aware, in place.
@@ -58,7 +62,7 @@ def attach(
 
     Args:
         model: Has `blocks` (timm's), `img_size`, `patch_size` and `default_vars`, as ClimaX does.
-        bias_type: One of `available_biases()`.
+        bias_type: One of `available_biases()`, or several with "+" between.
         blocks: Indices of the blocks, or "all".
         elevation_variable: Channel that holds the orography.
         wind_variables: Channels of eastward and northward wind; read if the bias needs wind.
@@ -68,7 +72,11 @@ def attach(
         engine: As `biased_attention`.
         static_terrain: The orography channel is the same in every sample, so one bias serves a batch.
         terrain_is_flat: All ground lies within 10 m of zero, and is not a standardised channel.
-        bias_args: The bias's own arguments, by name.
+        grid_spacing_m: Distance between pixels of a plane grid, where `advection` has no latitudes; the rows
+            go from south to north.
+        patch_order: "raster"; "wind", upwind patches first (which changes nothing but rounding); or
+            "wind_as_published", with the position embedding left behind. See `climax_elevation.order`.
+        bias_args: The bias's own arguments, by name; for a sum, a dictionary for each part.
 
     Raises:
         InputError: For an unknown name (the message lists the valid ones), a block or variable that
@@ -81,8 +89,12 @@ def attach(
     hosts = {index: host_model.blocks[index] for index in chosen}
     for host in hosts.values():
         check_host_block(host)
-    biases = {index: _build(bias_type, host, bias_args) for index, host in hosts.items()}
-    needs_wind = any(bias.needs & WIND_FIELDS for bias in biases.values())
+    one_of("patch_order", patch_order, PATCH_ORDERS)
+    if patch_order == "wind_as_published" and (0 not in chosen or not hasattr(model, "pos_embed")):
+        raise InputError("patch_order wind_as_published acts where tokens enter: it needs block 0 among blocks")
+    grid = (host_model.img_size[0] // host_model.patch_size, host_model.img_size[1] // host_model.patch_size)
+    biases = {index: _build(bias_type, host, grid, bias_args) for index, host in hosts.items()}
+    needs_wind = patch_order != "raster" or any(bias.needs & WIND_FIELDS for bias in biases.values())
     reader = TerrainReader(
         host_model.img_size,
         host_model.patch_size,
@@ -91,10 +103,14 @@ def attach(
         elevation_file=None if elevation_file is None else read_elevation_file(elevation_file, elevation_variable),
         static_terrain=static_terrain,
         terrain_is_flat=terrain_is_flat,
+        grid_spacing_m=None if grid_spacing_m is None else positive("grid_spacing_m", grid_spacing_m, "metres"),
+        patch_order=patch_order,
     ).to(next(model.parameters()).device)
     _check_variables(host_model.default_vars, reader, elevation_file)
     if stats_dir is not None:
         read_folder(reader, stats_dir)
+    if patch_order == "wind_as_published":
+        reader.position_embedding = (cast(nn.Parameter, model.pos_embed),)
 
     for index, bias in biases.items():
         host_model.blocks[index] = _terrain_block(hosts[index], bias, engine)
@@ -116,10 +132,7 @@ def _check_names(bias_type: str, bias_args: dict[str, Any]) -> None:
         for name, parameter in inspect.signature(attach).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     ]
-    valid = [*own, *bias_arguments(bias_type)]
-    for name in bias_args:
-        if name not in valid:
-            raise InputError(f"unknown name {name!r} in bias_args; valid for {bias_type!r}: {', '.join(valid)}")
+    check_arguments(bias_type, bias_args, shared=own)
 
 
 def _checked_host(model: nn.Module) -> Host:
@@ -146,11 +159,11 @@ def _chosen_blocks(depth: int, blocks: Sequence[int] | str) -> list[int]:
     return sorted(blocks)
 
 
-def _build(bias_type: str, host: nn.Module, bias_args: dict[str, Any]) -> ElevationBias:
+def _build(bias_type: str, host: nn.Module, grid: tuple[int, int], bias_args: dict[str, Any]) -> ElevationBias:
     attention = cast(Any, host.attn)
     # what the bias draws must not shift the random numbers that the host draws after this
     with torch.random.fork_rng(devices=[]):
-        bias = build_bias(bias_type, num_heads=attention.num_heads, **bias_args)
+        bias = build_bias(bias_type, num_heads=attention.num_heads, grid=grid, **bias_args)
     return bias.to(attention.qkv.weight.device, attention.qkv.weight.dtype)
 
 

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from climax_elevation.attention import biased_attention, check_engine
-from climax_elevation.bias import ElevationBias, PhysicsBias
+from climax_elevation.bias import ElevationBias, PhysicsBias, RelativePositionBias3D
+from climax_elevation.bias.base import Tensors, take_tokens
 from climax_elevation.errors import InputError
 from climax_elevation.terrain import Terrain
 
@@ -40,19 +42,84 @@ class BiasedAttention(nn.Module):
         self.bias = bias
         self.engine = engine
 
-    def forward(self, x: Tensor, bias_inputs: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, bias_inputs: Tensors) -> Tensor:
         """softmax(q k^T * scale + b) v of tokens `[B, L, D]`; `bias_inputs` are `bias.forward`'s arguments."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = (self._part("q_norm", q).to(v.dtype), self._part("k_norm", k).to(v.dtype))
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        x = biased_attention(q, k, v, self.bias, bias_inputs, scale=self.scale, dropout_p=dropout_p, engine=self.engine)
+        x = self._attend(q, k, v, bias_inputs, self.attn_drop.p if self.training else 0.0)
         x = self._part("norm", x.transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(x))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias_inputs: Tensors, dropout_p: float) -> Tensor:
+        return biased_attention(
+            q, k, v, self.bias, bias_inputs, scale=self.scale, dropout_p=dropout_p, engine=self.engine
+        )
 
     def _part(self, name: str, x: Tensor) -> Tensor:
         """Apply a part that older versions of timm do not have."""
         part = self._modules.get(name)
         return x if part is None else part(x)
+
+
+class Attention3D(BiasedAttention):
+    """timm's `Attention` with `RelativePositionBias3D`.
+
+    Keys are timm's `Attention`'s and `bias.mlp.0`, `bias.mlp.2`. In a model it runs inside a whole block
+    (`attach`), with norm, residual and MLP.
+
+    Args:
+        dim, num_heads, qkv_bias, attn_drop, proj_drop: As timm's `Attention`.
+        hidden_dim, coords, log_spaced, zero_init: As `RelativePositionBias3D`.
+        engine: As `biased_attention`.
+
+    Source: elevation_attention_summary.md, approach 2.
+    """
+
+    bias: RelativePositionBias3D
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        *,
+        hidden_dim: int = 64,
+        coords: str = "normalized",
+        log_spaced: bool = False,
+        zero_init: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        bias = RelativePositionBias3D(num_heads, hidden_dim, coords=coords, log_spaced=log_spaced, zero_init=zero_init)
+        host = Attention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
+        super().__init__(host, bias, engine)
+
+    @classmethod
+    def adopt(cls, host: nn.Module, bias: RelativePositionBias3D, engine: str) -> Attention3D:
+        """Make one from a host's attention, drawing no random number."""
+        attention = cls.__new__(cls)
+        BiasedAttention.__init__(attention, host, bias, engine)
+        return attention
+
+    @property
+    def rel_pos_bias_3d(self) -> RelativePositionBias3D:
+        """The bias, by its published name."""
+        return self.bias
+
+    def forward(self, x: Tensor, coords_3d: Tensor | Tensors | None = None) -> Tensor:
+        """Tokens `[B, L, dim]` to the same shape.
+
+        Args:
+            x: `[B, L, dim]`.
+            coords_3d: `[B or 1, L, 3]`, as `RelativePositionBias3D` takes them; None: no bias.
+        """
+        return super().forward(x, (coords_3d,) if isinstance(coords_3d, Tensor) else coords_3d)  # type: ignore[arg-type]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias_inputs: Tensors | None, dropout_p: float) -> Tensor:
+        if bias_inputs is None:
+            return scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=self.scale)
+        return super()._attend(q, k, v, bias_inputs, dropout_p)
 
 
 class TerrainBlock(nn.Module):
@@ -80,16 +147,37 @@ class TerrainBlock(nn.Module):
         super().__init__()
         check_host_block(host)
         for name, part in host.named_children():
-            self.add_module(name, BiasedAttention(part, bias, engine) if name == "attn" else part)
+            self.add_module(name, _attention(part, bias, engine) if name == "attn" else part)
 
-    def terrain_inputs(self, terrain: Terrain) -> dict[str, tuple[Tensor, ...]]:
-        """What `forward` wants of `terrain`, as keyword arguments."""
-        return {"bias_inputs": self.attn.bias.inputs(terrain)}
+    def terrain_inputs(self, terrain: Terrain, order: Tensor | None = None) -> dict[str, Any]:
+        """What `forward` wants of `terrain`, as keyword arguments; with an order, in that."""
+        inputs = self.attn.bias.inputs(terrain)
+        if order is None:
+            return {"bias_inputs": inputs}
+        return {"bias_inputs": self.attn.bias.reordered(inputs, order), "order": order}
 
-    def forward(self, x: Tensor, bias_inputs: tuple[Tensor, ...]) -> Tensor:
-        """Tokens `[B, L, D]` to the same shape."""
+    def forward(
+        self, x: Tensor, bias_inputs: Tensors, order: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Tokens `[B, L, D]` to the same shape.
+
+        Args:
+            x: Tokens in raster order.
+            bias_inputs: The arguments of `attn.bias`, in `order`.
+            order: The token that comes to each place, `[B, L]`; undone at the end. None: as they are.
+            positions: What x holds of position embedding, `[1, L, D]`, to be left in raster order.
+        """
+        if order is not None:
+            x = take_tokens(x, order) if positions is None else take_tokens(x - positions, order) + positions
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias_inputs)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x if order is None else take_tokens(x, order.argsort(dim=1))
+
+
+def _attention(host: nn.Module, bias: ElevationBias, engine: str) -> BiasedAttention:
+    if isinstance(bias, RelativePositionBias3D):
+        return Attention3D.adopt(host, bias, engine)
+    return BiasedAttention(host, bias, engine)
 
 
 class PhysicsGuidedBlockCorrected(TerrainBlock):
@@ -156,7 +244,9 @@ class PhysicsGuidedBlockCorrected(TerrainBlock):
         u_wind: Tensor | None = None,
         v_wind: Tensor | None = None,
         *,
-        bias_inputs: tuple[Tensor, ...] | None = None,
+        bias_inputs: Tensors | None = None,
+        order: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Tokens to tokens, over terrain.
 
@@ -165,6 +255,7 @@ class PhysicsGuidedBlockCorrected(TerrainBlock):
             elevation_patches: Patch-mean elevation, `[B or 1, L]`, metres.
             u_wind, v_wind: Patch-mean wind, `[B or 1, L]`, m/s; required with `wind`, refused without.
             bias_inputs: Elevation and speed as `PhysicsBias.inputs` gives them, instead of the three above.
+            order, positions: As `TerrainBlock`.
 
         Raises:
             InputError: If what the bias needs is missing or of another shape; never plain attention.
@@ -173,7 +264,7 @@ class PhysicsGuidedBlockCorrected(TerrainBlock):
             bias_inputs = self._bias_inputs(elevation_patches, u_wind, v_wind)
         elif not (elevation_patches is u_wind is v_wind is None):
             raise InputError("the block takes elevation and wind, or bias_inputs, not both")
-        return super().forward(x, bias_inputs)
+        return super().forward(x, bias_inputs, order, positions)
 
     def _bias_inputs(self, elevation: Tensor | None, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
         if elevation is None:

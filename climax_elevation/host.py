@@ -15,7 +15,7 @@ from climax_elevation.block import timm_block
 from climax_elevation.errors import InputError
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import TerrainReader
+    from climax_elevation.reader import TerrainReader
 
 WEIGHT_STD = 0.02
 LONGEST_WAVE = 10000.0

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from climax_elevation.errors import InputError
 
@@ -56,32 +55,6 @@ def bias_class(name: str) -> type[ElevationBias]:
     if name not in _biases:
         raise InputError(f"unknown bias {name!r}; available: {', '.join(repr(known) for known in names)}")
     return _biases[name]
-
-
-def bias_arguments(name: str) -> tuple[str, ...]:
-    """The keyword arguments that bias `name` takes, `num_heads` aside."""
-    parameters = inspect.signature(bias_class(name)).parameters
-    return tuple(argument for argument in parameters if argument != "num_heads")
-
-
-def build_bias(name: str, *, num_heads: int, **args: Any) -> ElevationBias:
-    """Make the bias registered as `name`.
-
-    Args:
-        name: One of `available_biases()`.
-        num_heads: The host block's heads; passed on when the bias's constructor names it.
-        args: The bias's own arguments.
-
-    Raises:
-        InputError: For an unknown name or argument; the message lists the valid ones.
-    """
-    valid = bias_arguments(name)
-    for argument in args:
-        if argument not in valid:
-            raise InputError(f"unknown argument {argument!r} for bias {name!r}; valid: {', '.join(valid)}")
-    if "num_heads" in inspect.signature(bias_class(name)).parameters:
-        args["num_heads"] = num_heads
-    return bias_class(name)(**args)
 
 
 @cache

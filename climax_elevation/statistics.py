@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from climax_elevation.errors import InputError
-from climax_elevation.terrain import TerrainReader
+from climax_elevation.reader import TerrainReader
 
 
 def read_folder(reader: TerrainReader, folder: str | Path) -> None:
@@ -25,6 +25,7 @@ def read_folder(reader: TerrainReader, folder: str | Path) -> None:
         if not (folder / name).is_file():
             raise InputError(f"stats_dir {folder} has no {name}; give the folder that holds it, beside train/ and val/")
     source = f"stats_dir {folder}"
+    reader.cache_dir = folder
     reader.set_statistics(
         _scalars(folder / "normalize_mean.npz"), _scalars(folder / "normalize_std.npz"), source=source
     )

@@ -1,26 +1,29 @@
-"""From ClimaX's standardised input to metres, m/s and patches."""
+"""What the ground is and what the air does over it, a value a patch."""
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from climax_elevation.elevation_file import ElevationField
 from climax_elevation.errors import InputError
 
-logger = logging.getLogger(__name__)
-
-LOWEST_M, HIGHEST_M = -500.0, 9000.0  # Dead Sea shore and Everest, with room
-FASTEST_M_S = 150.0  # twice the strongest 10 m wind ever measured
-LEAST_CORRELATION = 0.9  # of an elevation file with the orography channel
-HOURS_PER_LEAD_TIME = 100.0  # ClimaX feeds lead times in hundreds of hours
+_WIND = ("wind", "give u and v in m/s, or choose a bias without wind (physics and ridge: wind: false)")
+_PLACE = (
+    "latitudes and longitudes",
+    "lay lat.npy and lon.npy beside the statistics in stats_dir, or use a data module that has get_lat_lon",
+)
+REMEDIES = {
+    "u": _WIND,
+    "v": _WIND,
+    "speed": _WIND,
+    "lat": _PLACE,
+    "lon": _PLACE,
+    "lead_hours": ("a lead time", "choose another bias: climate projection has none, forecasts hand theirs on"),
+    "spacing_m": ("the spacing of a plane grid", "give grid_spacing_m"),
+}
 
 
 def downsample_elevation(elevation_field: Tensor, patch_size: int) -> Tensor:
@@ -58,6 +61,7 @@ class Terrain:
         speed: Patch mean of the pixels' wind speeds, m/s, `[B, L]`, or None.
         lat, lon: Patch centres, degrees, `[L]`, or None.
         lead_hours: Forecast lead time, hours, `[B]`, or None.
+        spacing_m: Distance between neighbouring patch centres of a plane grid, metres, or None.
         patch_ids: Row-major indices in `grid` of the L patches, `[L]`; None where they are all.
     """
 
@@ -69,6 +73,7 @@ class Terrain:
     lat: Tensor | None = None
     lon: Tensor | None = None
     lead_hours: Tensor | None = None
+    spacing_m: float | None = None
     patch_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +87,38 @@ class Terrain:
             if value is not None and value.shape[-1] != tokens:
                 raise InputError(f"{name} has {value.shape[-1]} patches, and elevation_m has {tokens}")
 
+    def require(self, names: Iterable[str], who: str) -> None:
+        """Raise InputError, naming `who`, unless every optional field of `names` is there."""
+        for name in sorted(names):
+            if getattr(self, name) is None:
+                what, remedy = REMEDIES[name]
+                raise InputError(f"{who} needs {what}, and this terrain has none: {remedy}")
+
+    def require_whole(self, who: str) -> None:
+        """Raise InputError, naming `who`, unless the patches are all of the rectangular grid, in its order."""
+        if self.patch_ids is not None:
+            raise InputError(
+                f"{who} needs the whole grid of {self.grid[0]} x {self.grid[1]} patches once, and got "
+                f"{len(self.patch_ids)} of them: call prepare(terrain) with the terrain before select(...)"
+            )
+
+    @property
+    def ids(self) -> Tensor:
+        """Row-major indices in `grid` of the L patches, `[L]`."""
+        if self.patch_ids is not None:
+            return self.patch_ids
+        return torch.arange(self.elevation_m.shape[1], device=self.elevation_m.device)
+
+    @property
+    def rows(self) -> Tensor:
+        """Row of each patch in `grid`, `[L]`."""
+        return self.ids // self.grid[1]
+
+    @property
+    def columns(self) -> Tensor:
+        """Column of each patch in `grid`, `[L]`."""
+        return self.ids % self.grid[1]
+
     def select(self, patch_ids: Sequence[int] | Tensor) -> Terrain:
         """The terrain of some patches only, in the order given: what ClimaX's regional model sees.
 
@@ -89,364 +126,9 @@ class Terrain:
             patch_ids: Indices into this terrain's patches.
         """
         ids = torch.as_tensor(patch_ids, dtype=torch.long, device=self.elevation_m.device)
-        everything = torch.arange(self.elevation_m.shape[1], device=ids.device)
         per_patch = {
             name: value[..., ids]
             for name in ("elevation_m", "u", "v", "speed", "lat", "lon")
             if (value := getattr(self, name)) is not None
         }
-        known_ids = everything if self.patch_ids is None else self.patch_ids
-        return replace(self, **per_patch, patch_ids=known_ids[ids])
-
-
-class TerrainReader(nn.Module):
-    """Makes a `Terrain` from a ClimaX model's input, in metres and m/s, or says why it cannot.
-
-    Elevation comes from a static field in metres (`elevation_file`) or from the orography channel
-    with the mean and standard deviation that standardised it; wind likewise from its two channels:
-
-        z = patch_mean(x_orography) * std + mean,        w = patch_mean(sqrt(u^2 + v^2))
-
-    What it learns from files or from a data module is kept in buffers, NaN until set, that go into
-    the checkpoint. Two sources of the same thing have to agree.
-
-    Args:
-        img_size: Height and width of the input, pixels.
-        patch_size: Side of a patch, pixels.
-        elevation_variable: Name of the orography channel.
-        wind_variables: Names of the eastward and northward wind channels; None: no wind is read.
-        elevation_file: A field in metres with its coordinates, already read; replaces the channel.
-        static_terrain: The channel is the same for all samples: it is read once a batch.
-        terrain_is_flat: Elevations within 10 m of zero are meant, not a standardised channel.
-    """
-
-    elevation_m: Tensor
-    elevation_mean: Tensor
-    elevation_std: Tensor
-    wind_mean: Tensor
-    wind_std: Tensor
-    lat: Tensor
-    lon: Tensor
-
-    def __init__(
-        self,
-        img_size: Sequence[int],
-        patch_size: int,
-        *,
-        elevation_variable: str,
-        wind_variables: tuple[str, str] | None,
-        elevation_file: ElevationField | None = None,
-        static_terrain: bool = False,
-        terrain_is_flat: bool = False,
-    ) -> None:
-        super().__init__()
-        self.img_size = (int(img_size[0]), int(img_size[1]))
-        self.patch_size = int(patch_size)
-        self.grid = (self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size)
-        self.elevation_variable = elevation_variable
-        self.wind_variables = wind_variables
-        self.static_terrain = static_terrain
-        self.terrain_is_flat = terrain_is_flat
-        tokens = self.grid[0] * self.grid[1]
-        shapes = {"elevation_m": (1, tokens), "elevation_mean": (), "elevation_std": (), "wind_mean": (2,)}
-        shapes |= {"wind_std": (2,), "lat": (tokens,), "lon": (tokens,)}
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.full(shape, math.nan, dtype=torch.float32))
-        self._sources: dict[str, str] = {}  # buffer -> where its value is from; absent: not set
-        self._field = elevation_file  # waits here until the data's latitudes are known
-        self._checked = False
-        if elevation_file is not None and not elevation_file.has_coordinates:
-            self._settle_elevation(None, None)
-
-    # ---- what is known -------------------------------------------------------------------------
-
-    def set_statistics(self, mean: dict[str, float], std: dict[str, float], source: str) -> None:
-        """Take the statistics that standardised the input; variables that no one reads are ignored.
-
-        Args:
-            mean, std: By variable, in the variable's own unit.
-            source: Where they are from, for messages.
-
-        Raises:
-            InputError: If they disagree with what is known, or a standard deviation is not above 0.
-        """
-        wanted = {"elevation": (self.elevation_variable,), "wind": self.wind_variables or ()}
-        for kind, variables in wanted.items():
-            if variables and all(name in mean and name in std for name in variables):
-                for name in variables:
-                    if not std[name] > 0:
-                        raise InputError(
-                            f"the standard deviation of {name!r} from {source} is above 0, not {std[name]}"
-                        )
-                shape = getattr(self, f"{kind}_mean").shape
-                self._store(f"{kind}_mean", np.reshape([mean[name] for name in variables], shape), source)
-                self._store(f"{kind}_std", np.reshape([std[name] for name in variables], shape), source)
-
-    def set_grid(self, lat: np.ndarray, lon: np.ndarray, source: str) -> None:
-        """Take the latitudes and longitudes of the input's pixels.
-
-        Args:
-            lat, lon: Degrees, `[H]` and `[W]`, or both `[H, W]`.
-            source: Where they are from, for messages.
-
-        Raises:
-            InputError: If they do not fit the input, or disagree with what is known.
-        """
-        lat, lon = np.asarray(lat, dtype=np.float64), np.asarray(lon, dtype=np.float64)
-        if lat.ndim == 1 and lon.ndim == 1:
-            fits = (len(lat), len(lon)) == self.img_size
-            if fits:
-                self._settle_elevation(lat, lon)
-            lat, lon = np.meshgrid(lat, lon, indexing="ij")
-        else:
-            fits = lat.shape == lon.shape == self.img_size
-        if not fits:
-            raise InputError(
-                f"the model's img_size is {list(self.img_size)}, and {source} has {lat.shape[0]} latitudes "
-                f"and {lon.shape[-1]} longitudes"
-            )
-        if not (np.abs(lat) <= 90).all():
-            raise InputError(f"latitudes from {source} are within [-90, 90] degrees, not {lat.min()} to {lat.max()}")
-        to_patches = lambda field: downsample_elevation(torch.from_numpy(field)[None], self.patch_size)[0]  # noqa: E731
-        radians = np.deg2rad(lon)
-        # a patch may straddle the dateline, so longitudes are averaged on the circle
-        east, north = to_patches(np.cos(radians)), to_patches(np.sin(radians))
-        self._store("lat", to_patches(lat), source)
-        self._store("lon", torch.rad2deg(torch.atan2(north, east)), source)
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """Where each buffer that is set has its value from."""
-        return dict(self._sources)
-
-    def _settle_elevation(self, lat: np.ndarray | None, lon: np.ndarray | None) -> None:
-        """Lay the elevation file's field on the data's grid."""
-        if self._field is None:
-            return
-        laid = torch.from_numpy(self._field.on_grid(self.img_size, lat, lon))
-        self._store("elevation_m", downsample_elevation(laid[None], self.patch_size), self._field.source)
-        self._field = None
-
-    def _store(self, name: str, value: Tensor | np.ndarray, source: str) -> None:
-        buffer: Tensor = getattr(self, name)
-        new = torch.as_tensor(value).to(buffer.device, buffer.dtype)
-        if name in self._sources:
-            self._check_agreement(name, new, source)
-        buffer.copy_(new)
-        self._sources[name] = source
-        self._checked = False
-
-    def _check_agreement(self, name: str, new: Tensor, source: str) -> None:
-        known: Tensor = getattr(self, name)
-        apart = (known - new).abs()
-        if name == "lon":
-            apart = torch.minimum(apart, 360 - apart)
-        if (apart > 1e-4 * (1 + known.abs())).any():
-            raise InputError(
-                f"terrain.{name} from {self._sources[name]} ({_summary(known)}) and from {source} "
-                f"({_summary(new)}) disagree: use data standardised as the checkpoint's were, or remove the "
-                "one that is wrong (keys terrain.* of the checkpoint, stats_dir or elevation_file of the config)"
-            )
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # What is NaN in the checkpoint was never set there and must not wipe out what is set here.
-        incoming = dict(state_dict)
-        loaded = []
-        for name, known in self._buffers.items():
-            saved = incoming.get(prefix + name)
-            if known is None or saved is None or saved.shape != known.shape:
-                continue
-            if saved.isnan().all():
-                incoming[prefix + name] = known
-            elif name in self._sources:
-                self._check_agreement(name, saved.to(known), "the checkpoint")
-                incoming[prefix + name] = known
-            else:
-                loaded.append(name)
-        super()._load_from_state_dict(
-            incoming, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self._sources |= dict.fromkeys(loaded, "the checkpoint")
-        self._checked = False
-
-    def _apply(self, fn: Any, recurse: bool = True) -> TerrainReader:
-        # Buffers follow the model to its device, not to half precision: 8000 m would lose metres.
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
-
-    # ---- every forward -------------------------------------------------------------------------
-
-    def for_blocks(
-        self,
-        blocks: Iterable[nn.Module],
-        x: Tensor,
-        lead_times: Tensor | None,
-        variables: Sequence[str],
-        patch_ids: Sequence[int] | None = None,
-    ) -> dict[int, dict[str, Any]]:
-        """Keyword arguments for each block that takes terrain, by its index; the seam in ClimaX.
-
-        The arguments are those of `forward`.
-        """
-        terrain = self(x, lead_times, variables, patch_ids)
-        return {
-            index: block.terrain_inputs(terrain)  # type: ignore[operator]
-            for index, block in enumerate(blocks)
-            if hasattr(block, "terrain_inputs")
-        }
-
-    def forward(
-        self,
-        x: Tensor,
-        lead_times: Tensor | None,
-        variables: Sequence[str],
-        patch_ids: Sequence[int] | None = None,
-    ) -> Terrain:
-        """Read the terrain of a batch.
-
-        Args:
-            x: Standardised input, `[B, V, H, W]`.
-            lead_times: Hours / 100, `[B]`, as ClimaX feeds them; None: there is none.
-            variables: Names of the V channels.
-            patch_ids: The patches that are kept, where not all are.
-
-        Raises:
-            InputError: If a quantity or its unit is unknown, or the values cannot be metres or m/s.
-        """
-        if not self._checked:
-            self._check_known(x, variables)
-        with torch.autocast(x.device.type, enabled=False):
-            u, v, speed = self._wind(x, variables)
-            terrain = Terrain(
-                elevation_m=self._elevation(x, variables),
-                grid=self.grid,
-                u=u,
-                v=v,
-                speed=speed,
-                lat=self.lat if "lat" in self._sources else None,
-                lon=self.lon if "lon" in self._sources else None,
-                lead_hours=None if lead_times is None else lead_times.float() * HOURS_PER_LEAD_TIME,
-            )
-        if not self._checked:
-            self._check_values(terrain, x, variables)
-        return terrain if patch_ids is None else terrain.select(patch_ids)
-
-    def _elevation(self, x: Tensor, variables: Sequence[str]) -> Tensor:
-        if "elevation_m" in self._sources:
-            return self.elevation_m
-        channel = x[:, list(variables).index(self.elevation_variable)].float()
-        if self.static_terrain:
-            channel = channel[:1]
-        return downsample_elevation(channel, self.patch_size) * self.elevation_std + self.elevation_mean
-
-    def _wind(self, x: Tensor, variables: Sequence[str]) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-        if self.wind_variables is None:
-            return None, None, None
-        channels = [list(variables).index(name) for name in self.wind_variables]
-        winds = x[:, channels].float() * self.wind_std[:, None, None] + self.wind_mean[:, None, None]
-        u, v = winds.unbind(1)
-        # the mean of the pixels' speeds, not the speed of the mean wind, which eddies would cancel
-        fields_m_s = (u, v, torch.hypot(u, v))
-        u, v, speed = (downsample_elevation(field, self.patch_size) for field in fields_m_s)
-        return u, v, speed
-
-    # ---- checks, at the first forward ----------------------------------------------------------
-
-    @torch.compiler.disable
-    def _check_known(self, x: Tensor, variables: Sequence[str]) -> None:
-        """Everything that the terrain is made from is there."""
-        if x.dim() != 4 or x.shape[1] != len(variables) or tuple(x.shape[2:]) != self.img_size:
-            raise InputError(
-                f"the input is [batch, {len(variables)} variables, {self.img_size[0]}, {self.img_size[1]}], "
-                f"not {list(x.shape)}"
-            )
-        self._settle_elevation(None, None)
-        if "elevation_m" not in self._sources:
-            self._check_channel(self.elevation_variable, "elevation", variables)
-        for name in self.wind_variables or ():
-            self._check_channel(name, "wind", variables)
-
-    def _check_channel(self, name: str, kind: str, variables: Sequence[str]) -> None:
-        without = "give bias_args.elevation_file, in metres" if kind == "elevation" else "set bias_args.wind: false"
-        if name not in variables:
-            raise InputError(
-                f"the terrain bias reads {name!r}, and the input has only {', '.join(variables)}: add it, or {without}"
-            )
-        if f"{kind}_std" not in self._sources:
-            raise InputError(
-                f"the terrain bias needs the mean and standard deviation that standardised {name!r}, to have it in "
-                f"{'metres' if kind == 'elevation' else 'm/s'}: add climax_elevation.training.TerrainCallback to the "
-                "trainer's callbacks, or set bias_args.stats_dir to the folder of normalize_mean.npz and "
-                f"normalize_std.npz, or {without}"
-            )
-
-    @torch.compiler.disable
-    def _check_values(self, terrain: Terrain, x: Tensor, variables: Sequence[str]) -> None:
-        """The values are metres and m/s, and the file is of the same ground as the channel."""
-        z = terrain.elevation_m
-        low, high = z.min().item(), z.max().item()
-        origin = self._sources.get("elevation_m", f"channel {self.elevation_variable!r}")
-        if not math.isfinite(low + high):
-            raise InputError(f"elevation from {origin} has values that are not finite: fill them (0 m over sea)")
-        if low < LOWEST_M or high > HIGHEST_M:
-            raise InputError(
-                f"patch-mean elevation from {origin} is {low:.0f} to {high:.0f} m, outside {LOWEST_M:.0f} to "
-                f"{HIGHEST_M:.0f} m: is it geopotential (divide by 9.80665), or standardised by other statistics?"
-            )
-        if not self.terrain_is_flat and max(-low, high) < 10 and z.std(correction=0).item() < 5:
-            raise InputError(
-                f"patch-mean elevation from {origin} is {low:.2f} to {high:.2f} m, which looks standardised: give the "
-                "statistics or the field in metres, or set bias_args.terrain_is_flat: true if the ground is so flat"
-            )
-        if self.static_terrain and "elevation_m" not in self._sources:
-            channel = x[:, list(variables).index(self.elevation_variable)]
-            if not torch.equal(channel, channel[:1].expand_as(channel)):
-                raise InputError(
-                    f"static_terrain is true, and {self.elevation_variable!r} differs between the samples of a batch: "
-                    "set static_terrain: false"
-                )
-        if "elevation_m" in self._sources and self.elevation_variable in variables:
-            self._check_same_ground(x[:, list(variables).index(self.elevation_variable)])
-        if terrain.speed is not None and not terrain.speed.max().item() <= FASTEST_M_S:
-            raise InputError(
-                f"patch-mean wind speed reaches {terrain.speed.max().item():.0f} m/s, above {FASTEST_M_S:.0f}: "
-                f"are {' and '.join(self.wind_variables or ())} standardised by other statistics?"
-            )
-        self._checked = True
-        logger.info(
-            "terrain: elevation %d to %d m (patch means, from %s)%s",
-            round(low),
-            round(high),
-            origin,
-            _wind_range(terrain.speed),
-        )
-
-    def _check_same_ground(self, channel: Tensor) -> None:
-        seen = downsample_elevation(channel[:1].float(), self.patch_size)
-        pair = torch.cat([seen, self.elevation_m]).double()
-        if pair.std(dim=1).min() > 0 and (correlation := torch.corrcoef(pair)[0, 1].item()) < LEAST_CORRELATION:
-            raise InputError(
-                f"elevation from {self._sources['elevation_m']} and channel {self.elevation_variable!r} correlate by "
-                f"{correlation:.2f}, below {LEAST_CORRELATION}: is the file flipped, rolled, or of another region?"
-            )
-
-    def extra_repr(self) -> str:
-        return f"grid={self.grid}, patch_size={self.patch_size}, known={sorted(self._sources)}"
-
-
-def _summary(values: Tensor) -> str:
-    if values.numel() <= 2:
-        return ", ".join(f"{value:.6g}" for value in values.flatten().tolist())
-    return f"{values.min().item():.6g} to {values.max().item():.6g}, mean {values.mean().item():.6g}"
-
-
-def _wind_range(speed: Tensor | None) -> str:
-    return "" if speed is None else f", wind up to {speed.max().item():.1f} m/s"
+        return replace(self, **per_patch, patch_ids=self.ids[ids])

@@ -35,11 +35,11 @@ from tqdm import tqdm
 from climax_elevation.data.altitude import ElevationMap
 from climax_elevation.data.format import PARTITIONS, RunningStatistics, save_npy, save_npz
 from climax_elevation.errors import InputError
+from climax_elevation.sphere import EARTH_RADIUS_M
 
 Array = NDArray[np.float64]
 Winds = tuple[Array, Array]
 
-EARTH_RADIUS_M = 6.371e6
 SECONDS_AN_HOUR = 3600.0
 COURANT = 0.8
 CHUNK = 32  # episodes simulated at once: their fields stay in the processor's cache

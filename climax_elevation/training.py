@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 
 from climax_elevation.bias import ElevationBias
 from climax_elevation.errors import InputError
-from climax_elevation.terrain import TerrainReader
+from climax_elevation.reader import TerrainReader
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,9 @@ def _scalars(parameters: dict[str, nn.Parameter]) -> dict[str, float]:
 
 def _read_datamodule(reader: TerrainReader, datamodule: Any) -> None:
     source = f"the data module {type(datamodule).__name__}"
+    folder = datamodule.hparams.get("root_dir") if hasattr(datamodule, "hparams") else None
+    if folder is not None and Path(folder).is_dir():
+        reader.cache_dir = Path(folder)
     transforms, variables = getattr(datamodule, "transforms", None), _variables(datamodule)
     if isinstance(transforms, dict):
         _read_mixed_sources(reader, transforms, variables, source)

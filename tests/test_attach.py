@@ -160,7 +160,7 @@ def test_an_elevation_file_serves_a_model_without_orography(tmp_path):
 @pytest.mark.parametrize(
     ("bias_args", "message"),
     [
-        ({"alpha": 1}, r"unknown name 'alpha' in bias_args; valid for 'physics': blocks, .*alpha_init, beta_init"),
+        ({"alpha": 1}, r"unknown argument 'alpha' for bias 'physics'; valid: blocks, .*alpha_init, beta_init"),
         ({"blocks": [3]}, "indices from 0 to 2"),
         ({"blocks": "first"}, "indices from 0 to 2"),
         ({"blocks": []}, "at least one block"),

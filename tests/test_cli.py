@@ -54,7 +54,7 @@ def test_a_wrong_name_in_bias_args_ends_a_run_with_the_valid_ones(tmp_path):
     root = tiny_data.write(tmp_path / "data")
     done = run(*training(root, "--model.net.init_args.bias_args={alpha: 1}"), cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "unknown name 'alpha' in bias_args; valid for 'physics': blocks, " in done.stderr
+    assert "unknown argument 'alpha' for bias 'physics'; valid: blocks, " in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -80,7 +80,7 @@ def test_same_seed_same_result_and_the_bias_matters(report: DemoReport, tmp_path
     [
         ({"region": "mars"}, "unknown region 'mars'"),
         ({"bias": "phisics"}, "unknown bias 'phisics'"),
-        ({"bias_args": {"directoin": "both"}}, "unknown name 'directoin'"),
+        ({"bias_args": {"directoin": "both"}}, "unknown argument 'directoin'"),
         ({"seed": -1}, "a seed is"),
         ({"steps": 3}, "needs 10 steps"),
     ],

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from climax_elevation.attention.dense import dense_attention
 from climax_elevation.attention.sdpa import sdpa_attention
-from climax_elevation.bias.base import ElevationBias
+from climax_elevation.bias.base import ElevationBias, Tensors, leaves
 from climax_elevation.errors import InputError
 
-Engine = Callable[[Tensor, Tensor, Tensor, ElevationBias, tuple[Tensor, ...], float, float], Tensor]
+Engine = Callable[[Tensor, Tensor, Tensor, ElevationBias, Tensors, float, float], Tensor]
 
 ENGINES: dict[str, Engine] = {"dense": dense_attention, "sdpa": sdpa_attention}
 
@@ -31,7 +31,7 @@ def biased_attention(
     k: Tensor,
     v: Tensor,
     bias: ElevationBias,
-    inputs: tuple[Tensor, ...],
+    inputs: Tensors,
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
@@ -60,7 +60,7 @@ def biased_attention(
             "q, k and v are [batch, heads, tokens, head width] of one shape, not "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
-    for given in inputs:
+    for given in leaves(inputs):
         if given.shape[0] not in (1, q.shape[0]) or given.shape[1] != q.shape[2]:
             raise InputError(
                 f"the bias's inputs are [{q.shape[0]} or 1, {q.shape[2]} tokens, ...], not {list(given.shape)}"

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from climax_elevation.bias.base import ElevationBias
+from climax_elevation.bias.base import ElevationBias, Tensors
 
 
 def dense_attention(
@@ -12,7 +12,7 @@ def dense_attention(
     k: Tensor,
     v: Tensor,
     bias: ElevationBias,
-    inputs: tuple[Tensor, ...],
+    inputs: Tensors,
     scale: float,
     dropout_p: float,
 ) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from climax_elevation.bias.base import ElevationBias
+from climax_elevation.bias.base import ElevationBias, Tensors
 
 
 def sdpa_attention(
@@ -12,7 +12,7 @@ def sdpa_attention(
     k: Tensor,
     v: Tensor,
     bias: ElevationBias,
-    inputs: tuple[Tensor, ...],
+    inputs: Tensors,
     scale: float,
     dropout_p: float,
 ) -> Tensor:

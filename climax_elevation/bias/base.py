@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from climax_elevation.terrain import Terrain
 
-Features = tuple[Tensor, ...]
+Tensors: TypeAlias = tuple[Any, ...]
+"""Tensors, in tuples that may be nested: a sum of biases has a tuple a part."""
 
 
 class ElevationBias(nn.Module):
@@ -26,30 +29,47 @@ class ElevationBias(nn.Module):
     needs: frozenset[str] = frozenset()
     """Optional fields of `Terrain` without which `inputs` cannot be made, such as `"speed"`."""
 
-    def inputs(self, terrain: Terrain) -> tuple[Tensor, ...]:
-        """The arguments of `forward`, taken from `terrain`."""
+    def prepare(self, terrain: Terrain, cache_dir: Path | None = None) -> None:
+        """Check, and compute, what depends on the grid and its ground alone: once, before the first `inputs`.
+
+        Args:
+            terrain: Of all patches of the grid, also where a model looks at a region of them.
+            cache_dir: Where what is long to compute may be kept; None: nowhere.
+        """
+
+    def inputs(self, terrain: Terrain) -> Tensors:
+        """The arguments of `forward`, taken from `terrain`: tensors `[B or 1, L, ...]`."""
         raise NotImplementedError(f"{type(self).__name__} does not define inputs(terrain)")
 
-    def features(self, *inputs: Tensor) -> Features:
+    def features(self, *inputs: Any) -> Tensors:
         """Whatever can be done once a token: tensors `[B or 1, L, ...]`."""
         raise NotImplementedError(f"{type(self).__name__} does not define features(*inputs)")
 
-    def pairwise(self, query: Features, key: Features) -> Tensor:
-        """Bias of every query with every key, `[B or 1, heads or 1, Lq, Lk]`."""
+    def pairwise(self, query: Tensors, key: Tensors) -> Tensor:
+        """Bias of some queries with all keys, `[B or 1, heads or 1, Lq, L]`, from the features of both."""
         raise NotImplementedError(f"{type(self).__name__} does not define pairwise(query, key)")
 
-    def factors(self, *inputs: Tensor) -> tuple[Tensor, Tensor] | None:
+    def factors(self, *inputs: Any) -> tuple[Tensor, Tensor] | None:
         """Exact low rank where there is one: `(f, g)`, each `[B or 1, heads or 1, L, r]`.
 
         b[i, j] = f[i] . g[j] + (anything that depends on i alone, which softmax ignores)
         """
         return None
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
         """The dense bias `[B or 1, heads or 1, L, L]`: the definition every engine is tested against."""
-        with torch.autocast(inputs[0].device.type, enabled=False):
+        with torch.autocast(next(leaves(inputs)).device.type, enabled=False):
             features = self.features(*inputs)
             return self.pairwise(features, features)
+
+    def reordered(self, inputs: Tensors, order: Tensor) -> Tensors:
+        """The same inputs with the tokens in another order.
+
+        Args:
+            inputs: As `self.inputs` gave them.
+            order: The token that comes to each place, `[B, L]`.
+        """
+        return map_tensors(lambda values: take_tokens(values, order), inputs)
 
     def value_dtype(self) -> torch.dtype:
         """float32, or the parameters' own type where that is wider."""
@@ -57,3 +77,23 @@ class ElevationBias(nn.Module):
         for parameter in self.parameters():
             dtype = torch.promote_types(dtype, parameter.dtype)
         return dtype
+
+
+def leaves(tensors: Tensors) -> Iterator[Tensor]:
+    """All tensors of a nested tuple, in order."""
+    for item in tensors:
+        if isinstance(item, tuple):
+            yield from leaves(item)
+        else:
+            yield item
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tensors: Tensors) -> Tensors:
+    """`function` of every tensor, in the same nesting."""
+    return tuple(map_tensors(function, item) if isinstance(item, tuple) else function(item) for item in tensors)
+
+
+def take_tokens(values: Tensor, order: Tensor) -> Tensor:
+    """values[b, order[b, n]] for `[B or 1, L, ...]` values and a `[B, L]` order."""
+    batch = torch.arange(len(order), device=order.device)[:, None]
+    return values.expand(len(order), *values.shape[1:])[batch, order]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from climax_elevation.bias.base import ElevationBias, Features
+from climax_elevation.bias.base import ElevationBias, Tensors
+from climax_elevation.checks import finite, one_of, positive, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.registry import register_bias
 
@@ -56,65 +56,38 @@ class PhysicsBias(ElevationBias):
         direction: str = "key_above",
     ) -> None:
         super().__init__()
-        if direction not in DIRECTIONS:
-            raise InputError(f"unknown direction {direction!r}; choose one of {_listed(DIRECTIONS)}")
-        if not isinstance(wind, bool):
-            raise InputError(f"wind is true or false, not {wind!r}")
-        self.height_scale_m = _number("height_scale_m", height_scale_m)
-        if self.height_scale_m <= 0:
-            raise InputError(f"height_scale_m is a height in metres above 0, not {height_scale_m!r}")
-        self.wind_threshold_m_s = _number("wind_threshold_m_s", wind_threshold_m_s)
-        self.wind = wind
-        self.direction = direction
+        self.direction = one_of("direction", direction, DIRECTIONS)
+        self.wind = true_or_false("wind", wind)
+        self.height_scale_m = positive("height_scale_m", height_scale_m, "metres")
+        self.wind_threshold_m_s = finite("wind_threshold_m_s", wind_threshold_m_s)
         self.needs = frozenset({"speed"}) if wind else frozenset()
-        self.elevation_alpha = nn.Parameter(torch.tensor(_number("alpha_init", alpha_init)))
+        self.elevation_alpha = nn.Parameter(torch.tensor(finite("alpha_init", alpha_init)))
         if wind:
-            self.wind_beta = nn.Parameter(torch.tensor(_number("beta_init", beta_init)))
+            self.wind_beta = nn.Parameter(torch.tensor(finite("beta_init", beta_init)))
 
-    def inputs(self, terrain: Terrain) -> tuple[Tensor, ...]:
-        if not self.wind:
-            return (terrain.elevation_m,)
-        if terrain.speed is None:
-            raise InputError("the physics bias needs wind, and this terrain has none: give it, or set wind=False")
-        return terrain.elevation_m, terrain.speed
+    def inputs(self, terrain: Terrain) -> Tensors:
+        terrain.require(self.needs, "the physics bias")
+        return (terrain.elevation_m, terrain.speed) if self.wind else (terrain.elevation_m,)
 
-    def features(self, elevation: Tensor, speed: Tensor | None = None) -> Features:  # type: ignore[override]
+    def features(self, elevation: Tensor, speed: Tensor | None = None) -> Tensors:
         """Per token: z / H, and w - threshold where wind modulates.
 
         Args:
             elevation: Patch-mean elevation z, `[B or 1, L]`, metres, not standardised.
             speed: Patch-mean wind speed w, `[B or 1, L]`, m/s; required with `wind`, refused without.
         """
-        if self.wind and speed is None:
-            raise InputError("the physics bias modulates by wind, and got no speed: give it, or set wind=False")
-        if not self.wind and speed is not None:
-            raise InputError("the physics bias was built with wind=False, and got a speed: leave it out")
-        if elevation.dim() != 2:
-            raise InputError(f"elevation is [batch or 1, tokens] in metres, not {list(elevation.shape)}")
+        check_elevation(elevation)
+        check_speed(speed, elevation, self.wind, "the physics bias")
         dtype = self.value_dtype()
         height = elevation.to(dtype) / self.height_scale_m
-        if speed is None:
-            return (height,)
-        if speed.dim() != 2 or speed.shape[1] != elevation.shape[1]:
-            raise InputError(
-                f"speed is [batch or 1, {elevation.shape[1]} tokens] in m/s, as elevation is, not {list(speed.shape)}"
-            )
-        return height, speed.to(dtype) - self.wind_threshold_m_s
+        return (height,) if speed is None else (height, speed.to(dtype) - self.wind_threshold_m_s)
 
-    def pairwise(self, query: Features, key: Features) -> Tensor:
+    def pairwise(self, query: Tensors, key: Tensors) -> Tensor:
         rise = key[0][:, None, :] - query[0][:, :, None]
-        bias = -self.elevation_alpha.to(rise.dtype) * self._penalised(rise)
+        bias = -self.elevation_alpha.to(rise.dtype) * penalised(rise, self.direction)
         if self.wind:
-            excess = (query[1][:, :, None] + key[1][:, None, :]) / 2
-            bias = bias * (1 - self.wind_beta.to(rise.dtype) * torch.sigmoid(excess))
+            bias = bias * wind_modulation(self.wind_beta, query[1], key[1])
         return bias[:, None]
-
-    def _penalised(self, rise: Tensor) -> Tensor:
-        if self.direction == "key_above":
-            return rise.relu()
-        if self.direction == "query_above":
-            return (-rise).relu()
-        return rise.abs()
 
     def extra_repr(self) -> str:
         return (
@@ -123,11 +96,34 @@ class PhysicsBias(ElevationBias):
         )
 
 
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"{name} is a finite number, not {value!r}")
-    return float(value)
+def penalised(rise: Tensor, direction: str) -> Tensor:
+    """The part of a rise z_j - z_i from query to key that `direction` penalises, >= 0, in its unit."""
+    if direction == "key_above":
+        return rise.relu()
+    if direction == "query_above":
+        return (-rise).relu()
+    return rise.abs()
 
 
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(repr(name) for name in names)
+def wind_modulation(beta: Tensor, query_excess: Tensor, key_excess: Tensor) -> Tensor:
+    """1 - beta sigmoid((e_i + e_j) / 2), `[B or 1, Lq, Lk]`, of speeds above the threshold, e, m/s."""
+    mean = (query_excess[:, :, None] + key_excess[:, None, :]) / 2
+    return 1 - beta.to(mean.dtype) * torch.sigmoid(mean)
+
+
+def check_elevation(elevation: Tensor) -> None:
+    """Raise InputError unless `elevation` is `[B or 1, L]`."""
+    if elevation.dim() != 2:
+        raise InputError(f"elevation is [batch or 1, tokens] in metres, not {list(elevation.shape)}")
+
+
+def check_speed(speed: Tensor | None, elevation: Tensor, wanted: bool, who: str) -> None:
+    """Raise InputError unless `speed` is there if it is wanted, and of elevation's tokens."""
+    if wanted and speed is None:
+        raise InputError(f"{who} reads wind, and got no speed: give it, or set wind=False")
+    if not wanted and speed is not None:
+        raise InputError(f"{who} was built with wind=False, and got a speed: leave it out")
+    if speed is not None and (speed.dim() != 2 or speed.shape[1] != elevation.shape[1]):
+        raise InputError(
+            f"speed is [batch or 1, {elevation.shape[1]} tokens] in m/s, as elevation is, not {list(speed.shape)}"
+        )

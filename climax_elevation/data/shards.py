@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
-from climax_elevation.terrain import HOURS_PER_LEAD_TIME
+from climax_elevation.reader import HOURS_PER_LEAD_TIME
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,44 @@
+"""Arguments that are of their kind and in their range, or one sentence that says so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from climax_elevation.errors import InputError
+
+
+def finite(name: str, value: float) -> float:
+    """`value` as a float; InputError unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"{name} is a finite number, not {value!r}")
+    return float(value)
+
+
+def positive(name: str, value: float, unit: str) -> float:
+    """`value` as a float; InputError unless it is a finite number above 0."""
+    if not finite(name, value) > 0:
+        raise InputError(f"{name} is a number of {unit} above 0, not {value!r}")
+    return float(value)
+
+
+def count(name: str, value: int) -> int:
+    """`value`; InputError unless it is a whole number of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} is a whole number of 1 or more, not {value!r}")
+    return value
+
+
+def true_or_false(name: str, value: bool) -> bool:
+    """`value`; InputError unless it is true or false."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is true or false, not {value!r}")
+    return value
+
+
+def one_of(name: str, value: str, choices: Iterable[str]) -> str:
+    """`value`; InputError unless it is one of `choices`."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
+    return value
