@@ -224,7 +224,13 @@ def test_lead_times_and_places_that_a_model_lacks_are_named():
     torch.manual_seed(0)
     name, arguments = EVERY_BIAS["relative_3d physical"]
     made = StandInClimaX(
-        VARIABLES, [8, 16], embed_dim=32, depth=1, num_heads=4, use_physics_mask=True, bias_type=name,
+        VARIABLES,
+        [8, 16],
+        embed_dim=32,
+        depth=1,
+        num_heads=4,
+        use_physics_mask=True,
+        bias_type=name,
         bias_args=arguments,
     )
     made.terrain.set_statistics(MEAN, STD, "a test")

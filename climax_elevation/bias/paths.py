@@ -22,7 +22,7 @@ from climax_elevation.terrain import Terrain
 logger = logging.getLogger(__name__)
 
 STEPS_A_METRE = 2.0  # what is kept is rounded to half metres, as int16: up to 16 km
-SAMPLES_A_PATCH = 2  # along a path
+SAMPLES_A_PATCH = 2  # along a path, at least
 VERSION = 1  # of what is kept on disk
 
 
@@ -60,7 +60,7 @@ def path_excess(terrain: Terrain, cache_dir: Path | None = None) -> PathExcess:
 
     A path is a great circle where latitudes depend on rows and evenly spaced longitudes on columns alone,
     over the dateline where the grid goes around the globe; else it is a straight line of rows and columns.
-    It is sampled twice a patch, at equal distances; each sample has the height of the nearest patch, at
+    It is sampled twice a patch or more, at equal distances; each sample has the height of the nearest patch, at
     the grid's edge where it leaves the grid.
 
     Args:
@@ -109,7 +109,7 @@ class GridLines:
         """
         start = torch.arange(self.rows, dtype=torch.float64)
         rise = (start[None, :] - start[:, None]).flatten()
-        count = torch.ceil(SAMPLES_A_PATCH * torch.hypot(rise, torch.tensor(float(turn)))).long()
+        count = _samples(torch.hypot(rise, torch.tensor(float(turn))))
         share = _shares(count)
         row = torch.floor(start.repeat_interleave(self.rows)[:, None] + share * rise[:, None] + 0.5)
         return row.long(), torch.floor(share * turn + 0.5).long(), count
@@ -136,8 +136,7 @@ class GreatCircles:
         onward = torch.where(onward.norm(dim=-1, keepdim=True) > 1e-9, onward, pole)
         onward = torch.nn.functional.normalize(onward, dim=-1, eps=1e-12)
         spacing = min(abs(step), float(lat.diff().abs().min()) if rows > 1 else abs(step))
-        # a hair less, lest rounding decide how many samples there are
-        count = torch.ceil(SAMPLES_A_PATCH * torch.rad2deg(angle) / spacing - 1e-9).long()
+        count = _samples(torch.rad2deg(angle) / spacing)
         along = (_shares(count) * angle[:, None])[..., None]
         place = along.cos() * start[:, None] + along.sin() * onward[:, None]
         ascending = lat if rows == 1 or lat[0] < lat[-1] else lat.flip(0)
@@ -190,6 +189,15 @@ def _highest(elevation_m: Tensor, walk: Walk, turn: int, starts: Tensor) -> Tens
         going = len(at) - int(ended[sample - 1])  # paths of so many samples or more
         torch.maximum(top[:going], window[at[:going, sample]], out=top[:going])
     return top[longest_first.argsort()]
+
+
+def _samples(patches: Tensor) -> Tensor:
+    """Into how many equal steps a path of so many patches is cut.
+
+    An odd number: then no sample is half way, where rows and columns that are even in number would have it lie
+    between two patches and rounding decide. A hair less than 2 is 2.
+    """
+    return torch.ceil(SAMPLES_A_PATCH * patches - 1e-9).long() | 1
 
 
 def _shares(count: Tensor) -> Tensor:
