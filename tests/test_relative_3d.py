@@ -68,7 +68,8 @@ def places(batch=2, tokens=6, seed=0):
 
 
 def test_two_tokens_by_hand():
-    # offsets (1, 0, 0) and (-1, 0, 0) after division by the largest; hidden = relu(2 r_x + 1) = 3 and 0; out = 5 hidden + 0.5
+    # offsets (1, 0, 0) and (-1, 0, 0) after division by the largest; hidden = relu(2 r_x + 1) = 3 and 0, and
+    # the output 5 hidden + 0.5 = 15.5 and 0.5
     bias = RelativePositionBias3D(1, 1).double()
     with torch.no_grad():
         bias.mlp[0].weight.copy_(torch.tensor([[2.0, 0.0, 0.0]]))
