@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
         "bias, and draws what came out.",
     )
     demo.add_argument("--region", default="asia", metavar="NAME", help="where (default: asia); a wrong name lists all")
-    demo.add_argument("--bias", default="physics", metavar="NAME", help="which bias (default: physics)")
+    demo.add_argument(
+        "--bias", default="physics", metavar="NAME", help="which bias, or a sum: ridge+advection (default: physics)"
+    )
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of data, weights and order (default: 0)")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="OUT", help="folder (default: demo)")
     demo.set_defaults(run=_demo)

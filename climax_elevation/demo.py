@@ -125,7 +125,7 @@ def demo(
     Args:
         out: Folder for the data set and the picture; what an earlier demo wrote there is replaced.
         region: One of `climax_elevation.data.altitude.REGIONS`.
-        bias: One of `climax_elevation.available_biases()`.
+        bias: One of `climax_elevation.available_biases()`, or several with "+" between.
         seed: Of data, weights and order.
         bias_args: As `climax_elevation.attach` takes them; none: all blocks, and the bias's own defaults.
         steps: Training steps of each of the two, at least 10.
@@ -260,7 +260,7 @@ def _train(net: StandInClimaX, out: Path, hours: int, seed: int, steps: int, nam
 
 def _scalars(net: nn.Module) -> dict[str, float]:
     return {
-        f"{place.removesuffix('.attn.bias')}.{name}": parameter.item()
+        f"{place}.{name}".replace(".attn.bias", ""): parameter.item()
         for place, part in net.named_modules()
         if isinstance(part, ElevationBias)
         for name, parameter in part.named_parameters()

@@ -6,7 +6,7 @@ from climax_elevation import Terrain, build_bias
 
 GRID = (4, 8)
 EVERY_BIAS = {
-    "adaptive": ("adaptive", {}),
+    "adaptive": ("adaptive", {"scale_init": 2.0}),
     "advection": ("advection", {}),
     "multiplicative": ("multiplicative", {}),
     "physics": ("physics", {}),

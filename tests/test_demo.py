@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from terrains import EVERY_BIAS
 
 pytest.importorskip("pvlib", reason="the demo's terrain comes from the package pvlib, which is not installed")
 pytest.importorskip("matplotlib", reason="the demo draws with matplotlib, which is not installed")
@@ -90,3 +91,12 @@ def test_mistakes_are_told_before_anything_is_written(arguments: dict, message: 
     with pytest.raises(InputError, match=message):
         demo(out, **arguments)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("case", [case for case in EVERY_BIAS if case != "physics"])
+def test_every_bias_can_be_shown(tmp_path: Path, case: str) -> None:
+    name, arguments = EVERY_BIAS[case]
+    report = demo(tmp_path, region="alps", bias=name, bias_args=arguments, steps=10, episodes=16)
+    assert f"with bias {name}" in str(report)
+    assert report.picture.is_file()
+    assert all("bias" not in scalar for scalar in report.with_bias.scalars)  # blocks.0.physics.elevation_alpha

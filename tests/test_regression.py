@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from terrains import EVERY_BIAS
 
-from climax_elevation import PhysicsGuidedBlockCorrected
+from climax_elevation import Attention3D, InputError, PhysicsGuidedBlockCorrected
+from climax_elevation.block import TerrainBlock
 from climax_elevation.upstream import find_climax, overlay
 from climax_elevation.upstream.overlay import importable
 
@@ -19,6 +21,7 @@ WINDS = ["10m_u_component_of_wind", "10m_v_component_of_wind"]
 VARIABLES = ["orography", "2m_temperature", *WINDS]
 MEAN = {"orography": 400.0, WINDS[0]: -1.0, WINDS[1]: 0.5}
 STD = {"orography": 800.0, WINDS[0]: 5.0, WINDS[1]: 4.0}
+LAT, LON = torch.linspace(-70, 70, 8).numpy(), torch.arange(0, 360, 22.5).numpy()
 SIZES = {
     "img_size": [8, 16],
     "patch_size": 2,
@@ -30,6 +33,8 @@ SIZES = {
 REGION = {"patch_ids": [9, 10, 11, 17, 18, 19], "min_h": 2, "max_h": 5, "min_w": 2, "max_w": 7}
 MODULES = ["arch", "regional_forecast.arch", "climate_projection.arch"]
 LOADERS = ["global_forecast.module", "regional_forecast.module", "climate_projection.module"]
+STILL = {"alpha_init": 0}
+WINDLESS = {"projection": {"wind": False}, "projection parallel": {"wind": False}}
 CASES = ["global", "global parallel", "regional", "projection", "projection parallel"]
 
 
@@ -58,14 +63,16 @@ def both(climax):
         yield SimpleNamespace(**found)
 
 
-def build(classes, case, elevation_file, seed=0, alpha_init=1.0, on=False, blocks="all", **options):
+def build(classes, case, elevation_file, seed=0, on=False, bias="physics", bias_args=None, **options):
     """A model of `case`, and the number that a fresh draw gives after building it."""
     torch.manual_seed(seed)
     flags = {}
     if on:
-        flags = {"use_physics_mask": True, "bias_args": {"alpha_init": alpha_init, "blocks": blocks}}
+        flags = {"use_physics_mask": True, "bias_type": bias, "bias_args": {"blocks": "all", **(bias_args or {})}}
         if "projection" in case:
-            flags["bias_args"] |= {"elevation_file": str(elevation_file), "wind": False}
+            flags["bias_args"] |= {"elevation_file": str(elevation_file)}
+            if bias == "physics" and bias_args is None:
+                flags["bias_args"] |= {"wind": False}
     if "parallel" in case:
         flags["parallel_patch_embed"] = True
     if "global" in case:
@@ -76,6 +83,7 @@ def build(classes, case, elevation_file, seed=0, alpha_init=1.0, on=False, block
         model = classes.ClimaXClimateBench(["CO2", "SO2"], "tas", time_history=3, **SIZES, **flags, **options)
     if on:
         model.terrain.set_statistics(MEAN, STD, "a test")
+        model.terrain.set_grid(LAT, LON, "a test")
     return model, torch.rand(1)
 
 
@@ -87,7 +95,7 @@ def predict(model, case, seed=1):
         return model(x, None, torch.zeros(2), ["CO2", "SO2"], ["tas"], None, None)[1]
     x = torch.randn(2, 4, 8, 16)
     x[:, 0] = torch.rand(8, 16) * 4 - 0.5  # 0 to 2800 m
-    lead_times = torch.tensor([0.72, 0.72])
+    lead_times = torch.tensor([0.24, 0.72])
     if "regional" in case:
         y = torch.zeros_like(x)
         return model(x, y, lead_times, VARIABLES, VARIABLES, None, torch.zeros(8), REGION)[1]
@@ -149,7 +157,9 @@ def test_on_leaves_the_hosts_weights_and_random_numbers(both, case, elevation_fi
 @pytest.mark.parametrize("case", CASES)
 def test_on_at_zero_is_within_rounding_and_at_one_is_not(both, case, elevation_file):
     plain = predict(strong(build(both.plain, case, elevation_file)[0]), case)
-    still = predict(strong(build(both.patched, case, elevation_file, on=True, alpha_init=0)[0]), case)
+    still = predict(
+        strong(build(both.patched, case, elevation_file, on=True, bias_args=STILL | WINDLESS.get(case, {}))[0]), case
+    )
     moved = predict(strong(build(both.patched, case, elevation_file, on=True)[0]), case)
     assert (still - plain).abs().max() < 1e-5
     assert (moved - plain).abs().max() > 1e-4
@@ -162,6 +172,66 @@ def test_alpha_learns_through_the_whole_model(both, case, elevation_file):
     assert all(block.attn.bias.elevation_alpha.grad.abs() > 0 for block in model.blocks)
     unused = [n for n, p in model.named_parameters() if p.grad is None]
     assert not [name for name in unused if ours(name)]
+
+
+@pytest.mark.parametrize("case", ["global", "regional", "projection"])
+@pytest.mark.parametrize("bias", EVERY_BIAS)
+def test_every_bias_in_every_architecture(both, case, bias, elevation_file):
+    """The host as it was, another output, every parameter learning; and a refusal where wind is wanted and absent."""
+    name, bias_args = EVERY_BIAS[bias]
+    windless = {"multiplicative", "physics without wind", "ridge both ways", "topoflow"}
+    if case == "projection" and not (bias in windless or bias.startswith("relative")):
+        with pytest.raises(InputError, match=r"needs wind.*lack '10m_u_component_of_wind'"):
+            build(both.patched, case, elevation_file, on=True, bias=name, bias_args=bias_args)
+        return
+    plain, draw = build(both.plain, case, elevation_file)
+    aware, draw_after = build(both.patched, case, elevation_file, on=True, bias=name, bias_args=bias_args)
+    state = aware.state_dict()
+    assert {key for key in state if not ours(key)} == set(plain.state_dict())
+    assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
+    assert torch.equal(draw, draw_after)
+    assert all(isinstance(block, TerrainBlock) for block in aware.blocks)
+    assert all(isinstance(block.attn, Attention3D) == (name == "relative_3d") for block in aware.blocks)
+    output = predict(strong(aware), case)
+    assert (output - predict(strong(plain), case)).abs().max() > 1e-4
+    output.square().mean().backward()
+    learned = {key: parameter.grad for key, parameter in aware.named_parameters() if ours(key)}
+    assert not [key for key, gradient in learned.items() if gradient is None]
+    assert not [key for key, g in learned.items() if g.abs().max() == 0 and not key.endswith("mlp.2.bias")]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_last_layer_of_zeros_is_the_host(both, case, elevation_file):
+    plain = predict(strong(build(both.plain, case, elevation_file)[0]), case)
+    zeros = {"bias": "relative_3d", "bias_args": {"zero_init": True}}
+    aware = strong(build(both.patched, case, elevation_file, on=True, **zeros)[0])
+    still = predict(aware, case)
+    assert (still - plain).abs().max() < 1e-5
+    still.square().mean().backward()
+    assert all(block.attn.bias.mlp[2].weight.grad.abs().max() > 0 for block in aware.blocks)
+
+
+@pytest.mark.parametrize("case", ["global", "regional"])
+def test_wind_order_changes_nothing_but_as_published(both, case, elevation_file):
+    raster, wind, published = (
+        predict(strong(build(both.patched, case, elevation_file, on=True, bias_args={"patch_order": order})[0]), case)
+        for order in ("raster", "wind", "wind_as_published")
+    )
+    torch.testing.assert_close(wind, raster, rtol=1e-4, atol=1e-4)
+    assert (published - raster).abs().max() > 1e-3
+
+
+def test_projection_has_no_lead_time(both, elevation_file):
+    """Wind could be among a projection's inputs; a lead time cannot."""
+    torch.manual_seed(0)
+    winds = {"wind_variables": ["CO2", "SO2"], "elevation_file": str(elevation_file), "blocks": [0]}
+    model = both.patched.ClimaXClimateBench(
+        ["CO2", "SO2"], "tas", time_history=3, **SIZES, use_physics_mask=True, bias_type="advection", bias_args=winds
+    )
+    model.terrain.set_statistics({"CO2": 0.0, "SO2": 0.0}, {"CO2": 5.0, "SO2": 5.0}, "a test")
+    model.terrain.set_grid(LAT, LON, "a test")
+    with pytest.raises(InputError, match=r"advection bias needs a lead time.*climate projection has none"):
+        predict(model, "projection")
 
 
 @pytest.mark.parametrize("case", CASES)

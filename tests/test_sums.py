@@ -95,7 +95,7 @@ def test_shared_names_stand_beside_the_parts():
         (
             "physics+relative_2d",
             {"alpha_init": 1.0},
-            r"valid: .*physics, relative_2d; for a part.*\{physics: \{...\}\}",
+            r"physics, relative_2d; for a part.*\{physics: \{...\}\}",
         ),
         ("physics+relative_2d", {"physics": {"alpha": 1}}, "unknown argument 'alpha' for bias 'physics'"),
         ("physics+relative_2d", {"physics": 2.0}, "arguments of 'physics' in 'physics.relative_2d' are a dictionary"),
