@@ -329,7 +329,7 @@ def _draw(report: DemoReport, floor: Floor, bias: NDArray[np.float32], patch: tu
         panels["bias"],
         ground,
         bias,
-        "Learned bias of the patch at the cross,\nfor reading from each other (lines: 1000 and 3000 m)",
+        "Learned bias of the patch at the cross, for reading\nfrom each other; mean of heads (lines: 1000 and 3000 m)",
         "added to attention logits (dimensionless)",
         colours,
         limits,
