@@ -6,12 +6,13 @@ from torch import Tensor
 
 from climax_elevation.attention.dense import dense_attention
 from climax_elevation.attention.sdpa import sdpa_attention
+from climax_elevation.attention.tiled import tiled_attention
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves
 from climax_elevation.errors import InputError
 
 Engine = Callable[[Tensor, Tensor, Tensor, ElevationBias, Tensors, float, float], Tensor]
 
-ENGINES: dict[str, Engine] = {"dense": dense_attention, "sdpa": sdpa_attention}
+ENGINES: dict[str, Engine] = {"dense": dense_attention, "sdpa": sdpa_attention, "tiled": tiled_attention}
 
 
 def check_engine(name: str) -> None:

@@ -29,6 +29,9 @@ class ElevationBias(nn.Module):
     needs: frozenset[str] = frozenset()
     """Optional fields of `Terrain` without which `inputs` cannot be made, such as `"speed"`."""
 
+    numbers_a_pair: int = 4
+    """About how many numbers `pairwise` holds for each pair at once, by which engines choose their tiles."""
+
     def prepare(self, terrain: Terrain, cache_dir: Path | None = None) -> None:
         """Check, and compute, what depends on the grid and its ground alone: once, before the first `inputs`.
 
@@ -45,8 +48,12 @@ class ElevationBias(nn.Module):
         """Whatever can be done once a token: tensors `[B or 1, L, ...]`."""
         raise NotImplementedError(f"{type(self).__name__} does not define features(*inputs)")
 
+    def tile(self, features: Tensors, rows: slice, columns: slice) -> tuple[Tensors, Tensors]:
+        """The features of some queries and of some keys, from those of all tokens."""
+        return map_tensors(lambda t: t[:, rows], features), map_tensors(lambda t: t[:, columns], features)
+
     def pairwise(self, query: Tensors, key: Tensors) -> Tensor:
-        """Bias of some queries with all keys, `[B or 1, heads or 1, Lq, L]`, from the features of both."""
+        """Bias of every query with every key, `[B or 1, heads or 1, Lq, Lk]`, from the features of both."""
         raise NotImplementedError(f"{type(self).__name__} does not define pairwise(query, key)")
 
     def factors(self, *inputs: Any) -> tuple[Tensor, Tensor] | None:

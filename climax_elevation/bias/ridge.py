@@ -131,6 +131,12 @@ class RidgeBias(ElevationBias):
             return height, excess, speed.to(dtype) - self.wind_threshold_m_s
         return height, excess, speed.to(dtype) / (self.buoyancy_frequency_per_s * self.height_scale_m)
 
+    def tile(self, features: Tensors, rows: slice, columns: slice) -> tuple[Tensors, Tensors]:
+        height, excess, *speed = features
+        query = (height[:, rows], excess[:, rows, columns], *(w[:, rows] for w in speed))
+        # the path is the query's: of a key's row of excess nothing is read
+        return query, (height[:, columns], excess[:, columns, :0], *(w[:, columns] for w in speed))
+
     def pairwise(self, query: Tensors, key: Tensors) -> Tensor:
         rise = key[0][:, None, :] - query[0][:, :, None]
         excess = query[1].to(rise.dtype) / (STEPS_A_METRE * self.height_scale_m)

@@ -55,6 +55,14 @@ class SumBias(ElevationBias):
     def features(self, *inputs: Tensors) -> Tensors:
         return tuple(part.features(*given) for part, given in zip(self.parts, inputs, strict=True))
 
+    @property
+    def numbers_a_pair(self) -> int:  # type: ignore[override]
+        return max(part.numbers_a_pair for part in self.parts)
+
+    def tile(self, features: Tensors, rows: slice, columns: slice) -> tuple[Tensors, Tensors]:
+        sides = [part.tile(own, rows, columns) for part, own in zip(self.parts, features, strict=True)]
+        return tuple(query for query, _ in sides), tuple(key for _, key in sides)
+
     def pairwise(self, query: Tensors, key: Tensors) -> Tensor:
         first, *others = (part.pairwise(q, k) for part, q, k in zip(self.parts, query, key, strict=True))
         return sum(others, start=first)
