@@ -49,6 +49,7 @@ class Shape:
 
 
 SHAPES = [Shape(512, 4, 16, 64), Shape(2048, 1, 8, 96), Shape(8192, 1, 8, 96)]
+SHORT = [Shape(tokens, 4, 16, 64) for tokens in (64, 128, 256)]
 GROWTH = [Shape(1 << power, 1, 8, 96) for power in range(9, 16)]
 MAIN = {
     "physics": ("physics", {"wind": False}),
@@ -126,6 +127,13 @@ class Variant:
             leaf.grad = None
         return seconds
 
+    def chosen(self) -> str:
+        """The engine that ran."""
+        if self.bias is None:
+            return "sdpa"
+        tokens, dtype = self.q.shape[2], self.q.dtype
+        return choose_engine(self.engine, self.bias, tokens=tokens, device=self.device, dtype=dtype)
+
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -145,7 +153,7 @@ def measure(shape: Shape, labels: list[tuple[str, str]], options: argparse.Names
     rows = []
     for index, variant in enumerate(variants):
         ratios = sorted(round_[index] / round_[0] for round_ in times)
-        engine = choose_engine(variant.engine) if variant.bias is not None else "sdpa"
+        engine = variant.chosen()
         low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
         seconds = median(round_[index] for round_ in times)
         rows.append(Row(variant.label, engine, str(shape), shape.tokens, seconds, median(ratios), low, high))
@@ -204,6 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every-bias", action="store_true", help="every bias at 512 tokens")
     parser.add_argument("--growth", action="store_true", help="each engine at 512 to 32768 tokens")
+    parser.add_argument("--short", action="store_true", help="64 to 256 tokens: from where on 'tiled' is faster")
     parser.add_argument("--engines", nargs="+", default=["auto"], choices=["auto", *ENGINES])
     parser.add_argument("--tokens", nargs="+", type=int, help="only the shapes of these lengths")
     parser.add_argument("--bias", nargs="+", choices=list(cases()), help="only these")
@@ -218,7 +227,7 @@ def main() -> None:
         print(peak_here(options))
         return
     biases = list(cases() if options.every_bias else options.bias or MAIN)
-    shapes = GROWTH if options.growth else SHAPES[:1] if options.every_bias else SHAPES
+    shapes = GROWTH if options.growth else SHORT if options.short else SHAPES[:1] if options.every_bias else SHAPES
     rows = []
     for shape in [shape for shape in shapes if not options.tokens or shape.tokens in options.tokens]:
         labels = [(bias, engine) for bias in biases for engine in options.engines]

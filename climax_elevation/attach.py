@@ -121,7 +121,13 @@ def attach(
         bias_type,
         ", ".join(map(str, chosen)),
         len(host_model.blocks),
-        choose_engine(engine),
+        choose_engine(
+            engine,
+            biases[chosen[0]],
+            tokens=grid[0] * grid[1],
+            device=next(model.parameters()).device.type,
+            dtype=torch.float32,
+        ),
         elevation_file or f"channel {elevation_variable!r}",
     )
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from climax_elevation import ElevationBias, InputError, PhysicsBias, biased_attention
-from climax_elevation.attention import ENGINES
+from climax_elevation.attention import ENGINES, choose_engine
+from climax_elevation.bias import AdvectionBias
 
 
 def loop_attention(q, k, v, b, scale):
@@ -124,8 +125,38 @@ def test_auto_is_an_engine_and_an_unknown_one_is_refused():
     torch.testing.assert_close(
         biased_attention(q, k, v, bias, (z,)), biased_attention(q, k, v, bias, (z,), engine="dense")
     )
-    with pytest.raises(InputError, match="unknown engine 'flash'; available: 'auto', 'dense', 'sdpa'"):
+    with pytest.raises(InputError, match="unknown engine 'flash'; available: 'auto', 'dense', 'sdpa', 'tiled'"):
         biased_attention(q, k, v, bias, (z,), engine="flash")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "device", "dtype", "dropout_p", "bias", "expected"),
+    [
+        (255, "cpu", torch.float32, 0.0, PhysicsBias(), "sdpa"),
+        (256, "cpu", torch.float32, 0.0, PhysicsBias(), "tiled"),
+        (8192, "cpu", torch.bfloat16, 0.0, PhysicsBias(), "tiled"),
+        (8192, "cpu", torch.float32, 0.1, PhysicsBias(), "sdpa"),
+        (8192, "cpu", torch.float32, 0.0, AdvectionBias(4, (64, 128)), "sdpa"),
+        (8192, "cpu", torch.bfloat16, 0.0, AdvectionBias(4, (64, 128)), "tiled"),
+        (2048, "cuda", torch.bfloat16, 0.0, PhysicsBias(), "sdpa"),
+        (4096, "cuda", torch.bfloat16, 0.0, PhysicsBias(), "tiled"),
+        (4096, "xpu", torch.bfloat16, 0.0, PhysicsBias(), "tiled"),
+    ],
+)
+def test_auto_goes_by_length_type_and_what_the_bias_offers(tokens, device, dtype, dropout_p, bias, expected):
+    chosen = choose_engine("auto", bias, tokens=tokens, device=device, dtype=dtype, dropout_p=dropout_p)
+    assert chosen == expected
+    assert choose_engine("dense", bias, tokens=tokens, device=device, dtype=dtype) == "dense"
+
+
+def test_auto_runs_what_it_chose(monkeypatch):
+    ran = []
+    for name, engine in ENGINES.items():
+        monkeypatch.setitem(ENGINES, name, lambda *a, engine=engine, name=name: ran.append(name) or engine(*a))
+    for tokens in (255, 256):
+        q = torch.randn(1, 1, tokens, 8)
+        biased_attention(q, q, q, PhysicsBias(wind=False), (torch.rand(1, tokens) * 1000,))
+    assert ran == ["sdpa", "tiled"]
 
 
 def test_scale_and_dropout_are_used():
@@ -134,6 +165,8 @@ def test_scale_and_dropout_are_used():
     for engine in ENGINES:
         scaled = biased_attention(q, k, v, bias, (z,), scale=0.1, engine=engine)
         torch.testing.assert_close(scaled, loop_attention(q, k, v, bias(z), 0.1), rtol=1e-6, atol=1e-6)
+        if engine == "tiled":
+            continue  # it refuses dropout, and a test of its own shows that
         torch.manual_seed(0)
         dropped = biased_attention(q, k, v, bias, (z,), scale=0.1, dropout_p=0.5, engine=engine)
         assert (dropped - scaled).abs().max() > 0.01

@@ -16,7 +16,7 @@ from climax_elevation.block import TerrainBlock, timm_block
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles that a few dozen tokens fill several of, none of them evenly."""
-    for name, value in {"QUERIES": 11, "KEYS": 13, "HELD": 700, "MASK_HELD": 11 * 17}.items():
+    for name, value in {"TILE_HELD": 1100, "BUFFER_HELD": 500, "MASK_HELD": 400}.items():
         monkeypatch.setattr(tiled, name, value)
 
 
@@ -46,7 +46,7 @@ def test_many_small_tiles_equal_dense_with_every_gradient(small_tiles, case):
     heads=st.integers(1, 4),
     shared=st.booleans(),
     tie=st.integers(1, 3000),
-    tiles=st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3000)),
+    tiles=st.tuples(st.integers(50, 4000), st.integers(1, 4000), st.integers(1, 4000)),
     seed=st.integers(0, 1000),
 )
 def test_any_shape_terrain_and_tile_equals_dense(tokens, batch, heads, shared, tie, tiles, seed):
@@ -55,7 +55,7 @@ def test_any_shape_terrain_and_tile_equals_dense(tokens, batch, heads, shared, t
     z = torch.randint(0, tie, (1 if shared else batch, tokens), generator=generator).double()
     w = torch.rand(batch, tokens, generator=generator, dtype=torch.float64) * 12
     with pytest.MonkeyPatch.context() as patched:
-        for name, value in zip(("QUERIES", "KEYS", "HELD"), tiles, strict=True):
+        for name, value in zip(("TILE_HELD", "BUFFER_HELD", "MASK_HELD"), tiles, strict=True):
             patched.setattr(tiled, name, value)
         torch.manual_seed(seed)
         for bias, inputs in (

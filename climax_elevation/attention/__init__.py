@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from climax_elevation.attention.dense import dense_attention
-from climax_elevation.attention.sdpa import sdpa_attention
+from climax_elevation.attention.sdpa import WIDE, sdpa_attention
 from climax_elevation.attention.tiled import tiled_attention
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves
 from climax_elevation.errors import InputError
@@ -14,6 +15,11 @@ Engine = Callable[[Tensor, Tensor, Tensor, ElevationBias, Tensors, float, float]
 
 ENGINES: dict[str, Engine] = {"dense": dense_attention, "sdpa": sdpa_attention, "tiled": tiled_attention}
 
+TILED_FROM = {
+    "cpu": 256,  # tokens; measured
+    "cuda": 4096,  # not measured: from here on a mask is too large to hold
+}
+
 
 def check_engine(name: str) -> None:
     """Raise InputError unless `name` is an engine or "auto"."""
@@ -21,10 +27,25 @@ def check_engine(name: str) -> None:
         raise InputError(f"unknown engine {name!r}; available: 'auto', {', '.join(map(repr, ENGINES))}")
 
 
-def choose_engine(name: str) -> str:
-    """The engine that `name` stands for; "auto" is "sdpa", the faster of the two at every length."""
+def choose_engine(
+    name: str, bias: ElevationBias, *, tokens: int, device: str, dtype: torch.dtype, dropout_p: float = 0.0
+) -> str:
+    """The engine that `name` stands for; "auto" goes by what benchmarks/attention.py found, never by the clock.
+
+    Args:
+        name: An engine, or "auto".
+        bias: Whose exact factors, where it has some, make a mask needless.
+        tokens: Length of the sequence.
+        device: "cpu" or "cuda"; other devices are taken for the latter.
+        dtype: Of queries, keys and values.
+        dropout_p: Of attention weights, which only "sdpa" has among the fast ones.
+    """
     check_engine(name)
-    return "sdpa" if name == "auto" else name
+    if name != "auto":
+        return name
+    if dropout_p > 0 or (bias.has_factors and dtype in WIDE):
+        return "sdpa"
+    return "tiled" if tokens >= TILED_FROM.get(device, TILED_FROM["cuda"]) else "sdpa"
 
 
 def biased_attention(
@@ -48,7 +69,8 @@ def biased_attention(
         inputs: The arguments of `bias.forward`.
         scale: Factor of the logits; 1 / sqrt(d) where it is not given.
         dropout_p: Probability that an attention weight is dropped.
-        engine: "dense" (plain operations, the reference), "sdpa" (torch's fused attention) or "auto".
+        engine: "dense" (plain operations, the reference), "sdpa" (torch's fused attention, with b as its mask or
+            as columns), "tiled" (a tile of b in memory at a time) or "auto".
 
     Returns:
         `[B, H, L, d]` in v's type.
@@ -68,4 +90,5 @@ def biased_attention(
             )
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return ENGINES[choose_engine(engine)](q, k, v, bias, inputs, scale, dropout_p)
+    chosen = choose_engine(engine, bias, tokens=q.shape[2], device=q.device.type, dtype=q.dtype, dropout_p=dropout_p)
+    return ENGINES[chosen](q, k, v, bias, inputs, scale, dropout_p)

@@ -6,6 +6,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from climax_elevation.bias.base import ElevationBias, Tensors
 
+WIDE = (torch.float32, torch.float64)  # in these, factors are exact enough
+
 
 def sdpa_attention(
     q: Tensor,
@@ -22,7 +24,7 @@ def sdpa_attention(
     |b| * 2^-11 in float16 and |b| * 2^-9 in bfloat16. Factors are used in float32 and wider only.
     """
     with torch.autocast(q.device.type, enabled=False):
-        factors = bias.factors(*inputs) if q.dtype in (torch.float32, torch.float64) else None
+        factors = bias.factors(*inputs) if q.dtype in WIDE else None
         if factors is None:
             return scaled_dot_product_attention(
                 q, k, v, attn_mask=bias(*inputs).to(q.dtype), dropout_p=dropout_p, scale=scale

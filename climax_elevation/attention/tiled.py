@@ -17,8 +17,9 @@ Both directions are custom operators, which torch.compile passes over without a 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -29,10 +30,11 @@ from torch.func import functional_call, vjp
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, map_tensors
 from climax_elevation.errors import InputError
 
-QUERIES = 512  # rows of a tile
-KEYS = 1024  # its columns
-HELD = 1 << 20  # numbers of one buffer: 4 MB, which a processor's cache holds
+TILE_HELD = 1 << 21  # numbers that computing a tile of the bias holds: 8 MB, of the order of a processor's cache
+BUFFER_HELD = 1 << 20  # numbers of one buffer of probabilities
 MASK_HELD = 1 << 22  # numbers of the mask that the fused kernel is given
+
+Derivative = Callable[[Tensor], tuple[dict[str, Tensor], list[Tensor], list[Tensor]]]
 
 _biases: WeakValueDictionary[int, ElevationBias] = WeakValueDictionary()  # an operator takes numbers, not modules
 
@@ -66,49 +68,32 @@ def _handle(bias: ElevationBias) -> int:
     return id(bias)
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """The bias of a tile of queries and keys, and where its gradient goes."""
+class _Tiles:
+    """The bias of tiles of queries and keys, and its derivative."""
 
-    bias: ElevationBias
-    features: Tensors
-
-    def shared(self) -> tuple[int, int]:
-        """How many samples and heads the bias tells apart; 1 where all share it."""
+    def __init__(self, bias: ElevationBias, features: Tensors) -> None:
+        self.bias, self.features = bias, features
         first = slice(0, 1)
-        return tuple(self.values(first, first).shape[:2])  # type: ignore[return-value]
+        self.samples, self.heads = self.values(first, first).shape[:2]  # that it tells apart; 1 where all share it
+        side = math.isqrt(TILE_HELD // (2 * self.samples * bias.numbers_a_pair))
+        self.height = 1 << max(0, side.bit_length() - 1)  # a power of two, which divides the usual lengths
+        self.width = 2 * self.height
 
     def values(self, rows: slice, columns: slice) -> Tensor:
         """b of the tile, `[B or 1, heads or 1, rows, columns]`."""
-        parts = [
-            self.bias.pairwise(*self.bias.tile(self.features, part, columns)) for part in self._parts(rows, columns)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return self.bias.pairwise(*self.bias.tile(self.features, rows, columns))
 
-    def backward(self, rows: slice, columns: slice, ds: Tensor, gradient: _Gradient) -> None:
-        """Add what the tile's ds gives to the gradient of parameters and features."""
-        for part in self._parts(rows, columns):
-            query, key = self.bias.tile(self.features, part, columns)
+    def differentiable(self, rows: slice, columns: slice, gradient: _Gradient) -> tuple[Tensor, Derivative]:
+        """b of the tile, and what gives the gradients of what `gradient` sums from that of b."""
+        query, key = self.bias.tile(self.features, rows, columns)
+        pairwise = _Pairwise(self.bias)
 
-            def values(
-                parameters: dict[str, Tensor],
-                of_query: list[Tensor],
-                of_key: list[Tensor],
-                query: Tensors = query,
-                key: Tensors = key,
-            ) -> Tensor:
-                sides = (gradient.replaced(query, of_query), gradient.replaced(key, of_key))
-                return functional_call(_Pairwise(self.bias), parameters, sides)
+        def values(parameters: dict[str, Tensor], of_query: list[Tensor], of_key: list[Tensor]) -> Tensor:
+            sides = (gradient.replaced(query, of_query), gradient.replaced(key, of_key))
+            return functional_call(pairwise, parameters, sides)
 
-            parameters = {f"bias.{name}": parameter.detach() for name, parameter in gradient.learned.items()}
-            differentiate = vjp(values, parameters, gradient.wanted(query), gradient.wanted(key))[1]
-            gradient.add(differentiate(ds[:, :, part.start - rows.start : part.stop - rows.start]), part, columns)
-
-    def _parts(self, rows: slice, columns: slice) -> Iterator[slice]:
-        """`rows`, so few at a time that what `pairwise` holds stays within HELD."""
-        step = max(1, HELD // ((columns.stop - columns.start) * self.bias.numbers_a_pair))
-        for start in range(rows.start, rows.stop, step):
-            yield slice(start, min(start + step, rows.stop))
+        parameters = {f"bias.{name}": parameter.detach() for name, parameter in gradient.learned.items()}
+        return vjp(values, parameters, gradient.wanted(query), gradient.wanted(key))  # type: ignore[return-value]
 
 
 class _Pairwise(nn.Module):
@@ -129,9 +114,6 @@ class _Gradient:
         self.learned = {name: parameter for name, parameter in bias.named_parameters() if parameter.requires_grad}
         self.parameters = {name: torch.zeros_like(parameter) for name, parameter in self.learned.items()}
         self.features = [torch.zeros_like(f) if index in wanted else None for index, f in enumerate(features)]
-
-    def __bool__(self) -> bool:
-        return bool(self.parameters) or any(total is not None for total in self.features)
 
     def wanted(self, side: Tensors) -> list[Tensor]:
         """Those of a tile's features that want a gradient."""
@@ -168,14 +150,16 @@ def _forward(
     handle: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    pairs = _Pairs(_biases[handle], _nested(nesting, features))
-    samples, heads = pairs.shared()
-    width = max(KEYS, MASK_HELD // (QUERIES * samples * heads))
+    tiles = _Tiles(_biases[handle], _nested(nesting, features))
+    tile = tiles.height * tiles.width * tiles.samples * tiles.heads
+    at_once = tiles.width * max(1, MASK_HELD // tile)
     out, logsumexp = torch.empty_like(v), q.new_empty(q.shape[:3])
-    for rows in _slices(q.shape[2], QUERIES):
+    for rows in _slices(0, q.shape[2], tiles.height):
         merged: tuple[Tensor, Tensor] | None = None
-        for columns in _slices(q.shape[2], width):
-            part = _attend(q[:, :, rows], k[:, :, columns], v[:, :, columns], pairs.values(rows, columns), scale)
+        for keys in _slices(0, q.shape[2], at_once):
+            parts = [tiles.values(rows, columns) for columns in _slices(keys.start, keys.stop, tiles.width)]
+            b = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+            part = _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], b, scale)
             merged = part if merged is None else _merge(merged, part)
         assert merged is not None
         out[:, :, rows], logsumexp[:, :, rows] = merged
@@ -223,36 +207,34 @@ def _backward(
     handle: int,
     scale: float,
 ) -> list[Tensor]:
-    bias = _biases[handle]
-    pairs = _Pairs(bias, _nested(nesting, features))
-    gradient = _Gradient(bias, features, wanted)
+    tiles = _Tiles(_biases[handle], _nested(nesting, features))
+    gradient = _Gradient(tiles.bias, features, wanted)
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     delta = (grad * out).sum(dim=-1)
-    samples, heads = pairs.shared()
-    held = q.new_empty(2, max(HELD, QUERIES * KEYS))
-    for rows in _slices(q.shape[2], QUERIES):
-        for columns in _slices(q.shape[2], KEYS):
-            b = pairs.values(rows, columns).to(q.dtype)
-            ds = torch.zeros_like(b) if gradient else None
-            for sample, group in _groups(q.shape[0], q.shape[1], b.shape[2] * b.shape[3]):
-                at, to = (sample, group, rows), (sample, group, columns)
-                of = (min(sample, samples - 1), group if heads > 1 else slice(0, 1))
-                size = (group.stop - group.start, b.shape[2], b.shape[3])
-                p, d = (buffer[: size[0] * size[1] * size[2]].view(size) for buffer in held)
-                torch.baddbmm(b[of].expand(size), q[at], k[to].transpose(1, 2), alpha=scale, out=p)
-                p.sub_(logsumexp[at][..., None]).exp_()
-                dv[to].baddbmm_(p.transpose(1, 2), grad[at])
-                torch.bmm(grad[at], v[to].transpose(1, 2), out=d)
-                d.sub_(delta[at][..., None]).mul_(p)
-                dq[at].baddbmm_(d, k[to], alpha=scale)
-                dk[to].baddbmm_(d.transpose(1, 2), q[at], alpha=scale)
-                if ds is not None:
-                    for head, of_head in enumerate(d):
-                        ds[of][head if heads > 1 else 0].add_(of_head)
-            if ds is not None:
-                pairs.backward(rows, columns, ds, gradient)
+    held = q.new_empty(2, max(BUFFER_HELD, tiles.height * tiles.width))
+    for rows, columns in itertools.product(*(_slices(0, q.shape[2], side) for side in (tiles.height, tiles.width))):
+        b, derivative = tiles.differentiable(rows, columns, gradient)
+        db = torch.zeros_like(b)
+        for sample, group in _groups(q.shape[0], q.shape[1], b.shape[2] * b.shape[3]):
+            at, to = (sample, group, rows), (sample, group, columns)
+            of = (min(sample, tiles.samples - 1), group if tiles.heads > 1 else slice(0, 1))
+            size = (group.stop - group.start, b.shape[2], b.shape[3])
+            p, ds = (buffer[: math.prod(size)].view(size) for buffer in held)
+            torch.baddbmm(b[of].to(q.dtype).expand(size), q[at], k[to].transpose(1, 2), alpha=scale, out=p)
+            p.sub_(logsumexp[at][..., None]).exp_()
+            dv[to].baddbmm_(p.transpose(1, 2), grad[at])
+            torch.bmm(grad[at], v[to].transpose(1, 2), out=ds)
+            ds.sub_(delta[at][..., None]).mul_(p)
+            dq[at].baddbmm_(ds, k[to], alpha=scale)
+            dk[to].baddbmm_(ds.transpose(1, 2), q[at], alpha=scale)
+            if tiles.heads > 1:
+                db[of] += ds
+            else:
+                for of_head in ds:
+                    db[of][0] += of_head
+        gradient.add(derivative(db), rows, columns)
     of_parameters = [
-        gradient.parameters.get(name, torch.zeros_like(parameter)) for name, parameter in bias.named_parameters()
+        gradient.parameters.get(name, torch.zeros_like(parameter)) for name, parameter in tiles.bias.named_parameters()
     ]
     return [dq, dk, dv, *(total for total in gradient.features if total is not None), *of_parameters]
 
@@ -295,15 +277,15 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 _forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def _slices(tokens: int, step: int) -> Iterator[slice]:
-    for start in range(0, tokens, step):
-        yield slice(start, min(start + step, tokens))
+def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    for begin in range(start, stop, step):
+        yield slice(begin, min(begin + step, stop))
 
 
 def _groups(batch: int, heads: int, numbers: int) -> Iterator[tuple[int, slice]]:
     """Samples one by one, and as many heads at once as a buffer holds tiles."""
     for sample in range(batch):
-        for group in _slices(heads, max(1, HELD // numbers)):
+        for group in _slices(0, heads, max(1, BUFFER_HELD // numbers)):
             yield sample, group
 
 

@@ -56,6 +56,11 @@ class ElevationBias(nn.Module):
         """Bias of every query with every key, `[B or 1, heads or 1, Lq, Lk]`, from the features of both."""
         raise NotImplementedError(f"{type(self).__name__} does not define pairwise(query, key)")
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether `factors` gives some."""
+        return type(self).factors is not ElevationBias.factors
+
     def factors(self, *inputs: Any) -> tuple[Tensor, Tensor] | None:
         """Exact low rank where there is one: `(f, g)`, each `[B or 1, heads or 1, L, r]`.
 

@@ -89,7 +89,7 @@ class RelativePositionBias3D(ElevationBias):
         return (torch.cat([places.expand(len(terrain.elevation_m), -1, -1), terrain.elevation_m[..., None]], dim=-1),)
 
     def features(self, coords: Tensor) -> Tensors:
-        """Per token: the first layer's output without its bias (normalised), or the coordinates (physical).
+        """Per token: the first layer's output, as a query and as a key has it, or the coordinates (physical).
 
         Args:
             coords: `[B, L, 3]`: x, y and z in any unit each (normalised), or longitude and latitude in
@@ -102,13 +102,20 @@ class RelativePositionBias3D(ElevationBias):
             check_latitudes(coords[..., 1])
             return (coords,)
         low, high = coords.aminmax(dim=1, keepdim=True)
-        return (((coords - low) / (high - low + EPSILON)) @ self._layer(0)[0].T,)
+        weight, bias = self._layer(0)
+        linear = ((coords - low) / (high - low + EPSILON)) @ weight.T
+        return linear + bias, -linear
 
     def pairwise(self, query: Tensors, key: Tensors) -> Tensor:
-        q, k = query[0][:, :, None], key[0][:, None]
-        (w1, b1), (w2, b2) = self._layer(0), self._layer(2)
-        hidden = (q - k if self.coords == "normalized" else self._offsets(q, k) @ w1.T) + b1
-        return (hidden.relu() @ w2.T + b2).permute(0, 3, 1, 2)
+        if self.coords == "normalized":
+            hidden = (query[0][:, :, None] + key[1][:, None]).relu()
+        else:
+            weight, bias = self._layer(0)
+            hidden = (self._offsets(query[0][:, :, None], key[0][:, None]) @ weight.T + bias).relu()
+        weight, bias = self._layer(2)
+        # one product for all pairs, heads first as attention wants them
+        values = torch.addmm(bias[:, None], weight, hidden.flatten(0, 2).T)
+        return values.unflatten(1, hidden.shape[:3]).transpose(0, 1)
 
     def _offsets(self, q: Tensor, k: Tensor) -> Tensor:
         """Eastward and northward offset in 1000 km, upward in km, `[..., 3]`."""

@@ -67,6 +67,10 @@ class SumBias(ElevationBias):
         first, *others = (part.pairwise(q, k) for part, q, k in zip(self.parts, query, key, strict=True))
         return sum(others, start=first)
 
+    @property
+    def has_factors(self) -> bool:
+        return all(part.has_factors for part in self.parts)
+
     def factors(self, *inputs: Tensors) -> tuple[Tensor, Tensor] | None:
         """All parts' factors side by side, where all have some."""
         pairs = [part.factors(*given) for part, given in zip(self.parts, inputs, strict=True)]
