@@ -21,13 +21,12 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
-from climax_elevation.bias.base import ElevationBias, Tensors, leaves, map_tensors
+from climax_elevation.bias.base import ElevationBias, Tensors, leaves, living, map_tensors
 from climax_elevation.errors import InputError
 
 TILE_HELD = 1 << 21  # numbers that computing a tile of the bias holds: 8 MB, of the order of a processor's cache
@@ -35,8 +34,6 @@ BUFFER_HELD = 1 << 20  # numbers of one buffer of probabilities
 MASK_HELD = 1 << 22  # numbers of the mask that the fused kernel is given
 
 Derivative = Callable[[Tensor], tuple[dict[str, Tensor], list[Tensor], list[Tensor]]]
-
-_biases: WeakValueDictionary[int, ElevationBias] = WeakValueDictionary()  # an operator takes numbers, not modules
 
 
 def tiled_attention(
@@ -57,15 +54,8 @@ def tiled_attention(
         wide_q, wide_k, wide_v = q.to(wide), k.to(wide), v.to(wide)
         nesting = repr(map_tensors(lambda _: 0, features))  # type: ignore[arg-type, return-value]
         parameters = list(bias.parameters())
-        handle = _handle(bias)
-        out, _ = _forward(wide_q, wide_k, wide_v, list(leaves(features)), parameters, nesting, handle, scale)
+        out, _ = _forward(wide_q, wide_k, wide_v, list(leaves(features)), parameters, nesting, bias.handle, scale)
         return out.to(v.dtype)
-
-
-@torch.compiler.assume_constant_result
-def _handle(bias: ElevationBias) -> int:
-    _biases[id(bias)] = bias
-    return id(bias)
 
 
 class _Tiles:
@@ -150,7 +140,7 @@ def _forward(
     handle: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    tiles = _Tiles(_biases[handle], _nested(nesting, features))
+    tiles = _Tiles(living[handle], _nested(nesting, features))
     tile = tiles.height * tiles.width * tiles.samples * tiles.heads
     at_once = tiles.width * max(1, MASK_HELD // tile)
     out, logsumexp = torch.empty_like(v), q.new_empty(q.shape[:3])
@@ -175,7 +165,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, b: Tensor, scale: float) -> tuple[T
     """Attention of some queries to some keys, and its logsumexp."""
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return kernel(q, k, v, attn_mask=b.to(q.dtype), scale=scale)
+        return kernel(q, k, v, attn_mask=b.to(q.dtype).contiguous(), scale=scale)  # older ones ignore its strides
     logits = scale * (q @ k.transpose(-2, -1)) + b
     return logits.softmax(dim=-1) @ v, logits.logsumexp(dim=-1)
 
@@ -207,7 +197,7 @@ def _backward(
     handle: int,
     scale: float,
 ) -> list[Tensor]:
-    tiles = _Tiles(_biases[handle], _nested(nesting, features))
+    tiles = _Tiles(living[handle], _nested(nesting, features))
     gradient = _Gradient(tiles.bias, features, wanted)
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     delta = (grad * out).sum(dim=-1)
@@ -260,7 +250,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     q, k, v, features, parameters, *rest = inputs
     ctx.save_for_backward(q, k, v, *output, *features, *parameters)
     ctx.counts, ctx.rest = (len(features), len(parameters)), rest
-    ctx.bias = _biases.get(rest[1])  # lest it go before the gradient comes
+    ctx.bias = living.get(rest[1])  # lest it go before the gradient comes
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:

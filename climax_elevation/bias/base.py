@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 Tensors: TypeAlias = tuple[Any, ...]
 """Tensors, in tuples that may be nested: a sum of biases has a tuple a part."""
+
+_handles = count()
+living: WeakValueDictionary[int, ElevationBias] = WeakValueDictionary()
 
 
 class ElevationBias(nn.Module):
@@ -31,6 +36,21 @@ class ElevationBias(nn.Module):
 
     numbers_a_pair: int = 4
     """About how many numbers `pairwise` holds for each pair at once, by which engines choose their tiles."""
+
+    handle: int
+    """A number by which operators, which take no modules, find this one in `living`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._take_handle()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, which needs a handle of its own
+        super().__setstate__(state)
+        self._take_handle()
+
+    def _take_handle(self) -> None:
+        self.handle = next(_handles)
+        living[self.handle] = self
 
     def prepare(self, terrain: Terrain, cache_dir: Path | None = None) -> None:
         """Check, and compute, what depends on the grid and its ground alone: once, before the first `inputs`.
