@@ -19,6 +19,11 @@ def check_latitudes(lat: Tensor) -> None:
         )
 
 
+def shorter_turn(degrees: Tensor) -> Tensor:
+    """A difference of longitudes the shorter way around, in [-180, 180)."""
+    return torch.remainder(degrees + 180, 360) - 180
+
+
 def unit_vectors(lat: Tensor, lon: Tensor) -> Tensor:
     """Places as vectors of length 1 from the Earth's centre: x to (0 N, 0 E), y to (0 N, 90 E), z to the pole.
 

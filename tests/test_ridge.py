@@ -279,10 +279,14 @@ def test_a_broken_file_is_computed_again_and_an_unwritable_folder_is_no_obstacle
     terrain = global_terrain(seed=12)
     expected = path_excess(terrain, tmp_path).half_metres
     (file,) = tmp_path.iterdir()
-    file.write_bytes(b"half a file")
-    paths._known.clear()
-    assert torch.equal(path_excess(terrain, tmp_path).half_metres, expected)
-    assert "cannot be read" in caplog.text
+    whole = file.read_bytes()
+    for broken in (b"no archive at all", whole[: len(whole) // 2]):
+        caplog.clear()
+        file.write_bytes(broken)
+        paths._known.clear()
+        assert torch.equal(path_excess(terrain, tmp_path).half_metres, expected)
+        assert "cannot be read" in caplog.text
+    assert list(tmp_path.iterdir()) == [file]
     paths._known.clear()
     assert torch.equal(path_excess(terrain, tmp_path / "absent").half_metres, expected)
     assert "cannot be written" in caplog.text

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 from weakref import WeakValueDictionary
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from climax_elevation.errors import InputError
-from climax_elevation.sphere import unit_vectors
+from climax_elevation.sphere import shorter_turn, unit_vectors
 from climax_elevation.terrain import Terrain
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,8 @@ class PathExcess:
         return self  # it never changes
 
 
-_known: WeakValueDictionary[str, PathExcess] = WeakValueDictionary()  # for the blocks that share a grid
+# for the blocks that share a grid, on each device
+_known: WeakValueDictionary[tuple[str, torch.device], PathExcess] = WeakValueDictionary()
 
 
 def path_excess(terrain: Terrain, cache_dir: Path | None = None) -> PathExcess:
@@ -79,7 +81,8 @@ def path_excess(terrain: Terrain, cache_dir: Path | None = None) -> PathExcess:
         )
     walk = _walk(terrain)
     key = hashlib.sha256(repr((VERSION, terrain.grid, walk)).encode() + elevation.numpy().tobytes()).hexdigest()[:16]
-    known = _known.get(key)
+    device = terrain.elevation_m.device
+    known = _known.get((key, device))
     if known is None:
         file = None if cache_dir is None else cache_dir / f"terrain_paths_{key}.npz"
         half_metres = _read(file, elevation.shape[1])
@@ -87,9 +90,8 @@ def path_excess(terrain: Terrain, cache_dir: Path | None = None) -> PathExcess:
             logger.info("terrain: highest ground between %d x %d patches, along %s", *terrain.grid, walk.name)
             half_metres = excess_half_metres(elevation[0].reshape(terrain.grid), walk)
             _write(file, half_metres)
-        known = PathExcess(half_metres, elevation)
-        _known[key] = known
-    return known.to(terrain.elevation_m.device)
+        known = _known[key, device] = PathExcess(half_metres, elevation).to(device)
+    return known
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def _samples(patches: Tensor) -> Tensor:
 def _shares(count: Tensor) -> Tensor:
     """0, 1/n, ..., 1 of each path, `[paths, longest + 1]`; 1 where it has ended."""
     steps = torch.arange(int(count.max()) + 1, dtype=torch.float64)
-    return (steps / count.clamp(min=1)[:, None]).clamp(max=1)
+    return (steps / count[:, None]).clamp(max=1)
 
 
 def _walk(terrain: Terrain) -> Walk:
@@ -211,11 +213,11 @@ def _walk(terrain: Terrain) -> Walk:
     if terrain.lat is not None and terrain.lon is not None and columns > 1:
         lat = terrain.lat.detach().cpu().double().reshape(rows, columns)
         lon = terrain.lon.detach().cpu().double().reshape(rows, columns)
-        step = (lon.diff(dim=1) + 180) % 360 - 180
+        step = shorter_turn(lon.diff(dim=1))
         mean_step = float(step.mean())
         near = 0.01 * abs(mean_step)
         straight = bool(((lat - lat[:, :1]).abs() < near).all() and ((step - mean_step).abs() < near).all())
-        level = bool((((lon - lon[:1] + 180) % 360 - 180).abs() < near).all())
+        level = bool((shorter_turn(lon - lon[:1]).abs() < near).all())
         if straight and level and abs(mean_step) > 0:
             mean_step = round(mean_step, 6)
             periodic = abs(abs(mean_step) * columns - 360) < abs(mean_step) / 2
@@ -229,7 +231,7 @@ def _read(file: Path | None, tokens: int) -> Tensor | None:
     try:
         with np.load(file) as arrays:
             half_metres = torch.from_numpy(arrays["half_metres"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         logger.warning("%s cannot be read (%s): computed again", file, error)
         return None
     return half_metres if half_metres.shape == (tokens, tokens) else None
@@ -240,8 +242,10 @@ def _write(file: Path | None, half_metres: Tensor) -> None:
     if file is None:
         return
     try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as part:
+        # a name of its own for each process: several may write at once
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".terrain_paths-") as folder:
+            part = Path(folder) / file.name
             np.savez_compressed(part, half_metres=half_metres.numpy())
-        os.replace(part.name, file)
+            os.replace(part, file)
     except OSError as error:
         logger.warning("%s cannot be written (%s): it will be computed at every start", file, error)

@@ -11,7 +11,7 @@ from climax_elevation.bias.base import ElevationBias, Tensors
 from climax_elevation.checks import count, one_of, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.registry import register_bias
-from climax_elevation.sphere import EARTH_RADIUS_M, check_latitudes
+from climax_elevation.sphere import EARTH_RADIUS_M, check_latitudes, shorter_turn
 from climax_elevation.terrain import downsample_elevation
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class RelativePositionBias3D(ElevationBias):
 
     def _offsets(self, q: Tensor, k: Tensor) -> Tensor:
         """Eastward and northward offset in 1000 km, upward in km, `[..., 3]`."""
-        turn = torch.remainder(q[..., 0] - k[..., 0] + 180, 360) - 180
+        turn = shorter_turn(q[..., 0] - k[..., 0])
         between = torch.deg2rad((q[..., 1] + k[..., 1]) / 2)
         east = RADIUS_1000_KM * between.cos() * torch.deg2rad(turn)
         north = RADIUS_1000_KM * torch.deg2rad(q[..., 1] - k[..., 1])
