@@ -36,7 +36,7 @@ def strong(made):
     """Weights of standard deviation 0.02 would leave attention almost uniform, and any bias almost unseen."""
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if parameter.dim() > 1 and "embed" not in name:
+            if parameter.dim() > 1 and "embed" not in name and ".bias." not in name:
                 parameter.mul_(10)
     return made.eval()
 

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from terrains import EVERY_BIAS, GRID, global_terrain, make
+from test_attach import MEAN, STD, VARIABLES, strong
 
 from climax_elevation import Attention3D, InputError, available_biases, biased_attention, build_bias
 from climax_elevation.attention import ENGINES
@@ -13,10 +14,6 @@ from climax_elevation.bias.base import leaves, map_tensors
 from climax_elevation.block import TerrainBlock, timm_block
 from climax_elevation.host import StandInClimaX
 
-WINDS = ["10m_u_component_of_wind", "10m_v_component_of_wind"]
-VARIABLES = ["orography", "2m_temperature", *WINDS]
-MEAN = {"orography": 400.0, "2m_temperature": 280.0, WINDS[0]: -1.0, WINDS[1]: 0.5}
-STD = {"orography": 800.0, "2m_temperature": 20.0, WINDS[0]: 5.0, WINDS[1]: 4.0}
 LAT, LON = torch.linspace(-70, 70, 8).numpy(), torch.arange(0, 360, 22.5).numpy()
 TOKENS = GRID[0] * GRID[1]
 
@@ -36,15 +33,6 @@ def model(case=None, blocks="all", **bias_args):
         made.terrain.set_statistics(MEAN, STD, "a test")
         made.terrain.set_grid(LAT, LON, "a test")
     return made
-
-
-def strong(made):
-    """Weights of standard deviation 0.02 would leave attention almost uniform, and any bias almost unseen."""
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if parameter.dim() > 1 and "embed" not in name and ".bias." not in name:
-                parameter.mul_(10)
-    return made.eval()
 
 
 def predict(made, seed=1):

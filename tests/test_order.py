@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from terrains import EVERY_BIAS, global_terrain
-from test_every_bias import LAT, LON, MEAN, STD, VARIABLES, model, predict, strong
+from test_attach import MEAN, STD, VARIABLES, strong
+from test_every_bias import LAT, LON, model, predict
 
 from climax_elevation import InputError, Terrain
 from climax_elevation.host import StandInClimaX
