@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from climax_elevation.attention.dense import dense_attention
+from climax_elevation.attention.reuse import reused_bias
 from climax_elevation.attention.sdpa import WIDE, sdpa_attention
 from climax_elevation.attention.tiled import tiled_attention
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves
@@ -90,5 +92,9 @@ def biased_attention(
             )
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if engine == "auto" and dropout_p == 0 and not bias.has_factors:
+        kept = reused_bias(bias, inputs, q.shape[1])
+        if kept is not None:
+            return scaled_dot_product_attention(q, k, v, attn_mask=kept.to(q.dtype), scale=scale)
     chosen = choose_engine(engine, bias, tokens=q.shape[2], device=q.device.type, dtype=q.dtype, dropout_p=dropout_p)
     return ENGINES[chosen](q, k, v, bias, inputs, scale, dropout_p)

@@ -1,6 +1,6 @@
 """A tile of the bias at a time: never more of it in memory, forward or backward.
 
-Forward, a tile of queries attends to a chunk of keys through torch's fused kernel, with the bias of those
+Forward, a strip of queries attends to a chunk of keys through torch's fused kernel, with the bias of those
 pairs alone as its mask; chunks are merged by their logsumexp. Backward, the probabilities of a tile come
 back from the saved logsumexp l, and five matrix products give the gradients:
 
@@ -11,29 +11,29 @@ back from the saved logsumexp l, and five matrix products give the gradients:
 db goes straight into the bias's own parameters and features, by differentiating that tile of `pairwise`
 again. The order of tiles is fixed, so a run repeats exactly. Half precision is computed in float32.
 
+What is written to is contiguous, samples and heads in one dimension: only then does torch hand a batch of
+products to the BLAS as one.
+
 Both directions are custom operators, which torch.compile passes over without a break.
 """
 
 from __future__ import annotations
 
 import ast
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call, vjp
+from torch import Tensor
 
+from climax_elevation.attention.tiles import SIDE, Gradient, Tiles, slices
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, living, map_tensors
 from climax_elevation.errors import InputError
 
-TILE_HELD = 1 << 21  # numbers that computing a tile of the bias holds: 8 MB, of the order of a processor's cache
-BUFFER_HELD = 1 << 20  # numbers of one buffer of probabilities
+BUFFER_HELD = 1 << 20  # numbers of a buffer of probabilities: 4 MB, some heads at once
 MASK_HELD = 1 << 22  # numbers of the mask that the fused kernel is given
-
-Derivative = Callable[[Tensor], tuple[dict[str, Tensor], list[Tensor], list[Tensor]]]
 
 
 def tiled_attention(
@@ -58,72 +58,6 @@ def tiled_attention(
         return out.to(v.dtype)
 
 
-class _Tiles:
-    """The bias of tiles of queries and keys, and its derivative."""
-
-    def __init__(self, bias: ElevationBias, features: Tensors) -> None:
-        self.bias, self.features = bias, features
-        first = slice(0, 1)
-        self.samples, self.heads = self.values(first, first).shape[:2]  # that it tells apart; 1 where all share it
-        side = math.isqrt(TILE_HELD // (2 * self.samples * bias.numbers_a_pair))
-        self.height = 1 << max(0, side.bit_length() - 1)  # a power of two, which divides the usual lengths
-        self.width = 2 * self.height
-
-    def values(self, rows: slice, columns: slice) -> Tensor:
-        """b of the tile, `[B or 1, heads or 1, rows, columns]`."""
-        return self.bias.pairwise(*self.bias.tile(self.features, rows, columns))
-
-    def differentiable(self, rows: slice, columns: slice, gradient: _Gradient) -> tuple[Tensor, Derivative]:
-        """b of the tile, and what gives the gradients of what `gradient` sums from that of b."""
-        query, key = self.bias.tile(self.features, rows, columns)
-        pairwise = _Pairwise(self.bias)
-
-        def values(parameters: dict[str, Tensor], of_query: list[Tensor], of_key: list[Tensor]) -> Tensor:
-            sides = (gradient.replaced(query, of_query), gradient.replaced(key, of_key))
-            return functional_call(pairwise, parameters, sides)
-
-        parameters = {f"bias.{name}": parameter.detach() for name, parameter in gradient.learned.items()}
-        return vjp(values, parameters, gradient.wanted(query), gradient.wanted(key))  # type: ignore[return-value]
-
-
-class _Pairwise(nn.Module):
-    """`pairwise` as a module's forward, which is what `functional_call` replaces the parameters of."""
-
-    def __init__(self, bias: ElevationBias) -> None:
-        super().__init__()
-        self.bias = bias
-
-    def forward(self, query: Tensors, key: Tensors) -> Tensor:
-        return self.bias.pairwise(query, key)
-
-
-class _Gradient:
-    """Sums of gradients: of the parameters that learn, and of the features that want one."""
-
-    def __init__(self, bias: ElevationBias, features: Sequence[Tensor], wanted: Sequence[int]) -> None:
-        self.learned = {name: parameter for name, parameter in bias.named_parameters() if parameter.requires_grad}
-        self.parameters = {name: torch.zeros_like(parameter) for name, parameter in self.learned.items()}
-        self.features = [torch.zeros_like(f) if index in wanted else None for index, f in enumerate(features)]
-
-    def wanted(self, side: Tensors) -> list[Tensor]:
-        """Those of a tile's features that want a gradient."""
-        return [tensor for tensor, total in zip(leaves(side), self.features, strict=True) if total is not None]
-
-    def replaced(self, side: Tensors, by: Sequence[Tensor]) -> Tensors:
-        """A tile's features, with those that want a gradient replaced."""
-        following, totals = iter(by), iter(self.features)
-        return map_tensors(lambda tensor: tensor if next(totals) is None else next(following), side)
-
-    def add(self, found: tuple[dict[str, Tensor], list[Tensor], list[Tensor]], rows: slice, columns: slice) -> None:
-        """Add a tile's gradients."""
-        for name, total in self.parameters.items():
-            total += found[0][f"bias.{name}"]
-        wanted = [total for total in self.features if total is not None]
-        for place, side in ((rows, found[1]), (columns, found[2])):
-            for total, part in zip(wanted, side, strict=True):
-                total[:, place] += part
-
-
 @torch.library.custom_op(
     "climax_elevation::tiled_attention",
     mutates_args=(),
@@ -140,19 +74,10 @@ def _forward(
     handle: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    tiles = _Tiles(living[handle], _nested(nesting, features))
-    tile = tiles.height * tiles.width * tiles.samples * tiles.heads
-    at_once = tiles.width * max(1, MASK_HELD // tile)
     out, logsumexp = torch.empty_like(v), q.new_empty(q.shape[:3])
-    for rows in _slices(0, q.shape[2], tiles.height):
-        merged: tuple[Tensor, Tensor] | None = None
-        for keys in _slices(0, q.shape[2], at_once):
-            parts = [tiles.values(rows, columns) for columns in _slices(keys.start, keys.stop, tiles.width)]
-            b = parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
-            part = _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], b, scale)
-            merged = part if merged is None else _merge(merged, part)
-        assert merged is not None
-        out[:, :, rows], logsumexp[:, :, rows] = merged
+    for samples, own in _terrains(q.shape[0], features):
+        tiles = Tiles(living[handle], _nested(nesting, own))
+        _attend_tiled(tiles, q[samples], k[samples], v[samples], out[samples], logsumexp[samples], scale)
     return out, logsumexp
 
 
@@ -161,12 +86,37 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(v), q.new_empty(q.shape[:3])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend_tiled(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float) -> None:
+    """Attention of samples that share a bias, and its logsumexp, into `out` and `logsumexp`."""
+    tokens = q.shape[2]
+    at_once = max(tiles.width, MASK_HELD // (tiles.heads * SIDE))
+    for rows in slices(0, tokens, SIDE):
+        merged: tuple[Tensor, Tensor] | None = None
+        for keys in slices(0, tokens, at_once):
+            part = _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], _mask(tiles, rows, keys), scale)
+            merged = part if merged is None else _merge(merged, part)
+        assert merged is not None
+        out[:, :, rows], logsumexp[:, :, rows] = merged
+
+
+def _mask(tiles: Tiles, rows: slice, keys: slice) -> Tensor:
+    """The bias of these pairs, `[1, heads or 1, rows, keys]`, contiguous: older kernels ignore strides."""
+    parts = [tiles.values(rows, columns) for columns in slices(keys.start, keys.stop, tiles.width)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).contiguous()[None]
+
+
+def _within(whole: slice, part: slice) -> slice:
+    """A part of a slice, counted from its start."""
+    return slice(part.start - whole.start, part.stop - whole.start)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of some queries to some keys, and its logsumexp."""
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return kernel(q, k, v, attn_mask=b.to(q.dtype).contiguous(), scale=scale)  # older ones ignore its strides
-    logits = scale * (q @ k.transpose(-2, -1)) + b
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=mask.to(q.dtype), scale=scale
+        )
+    logits = scale * (q @ k.transpose(-2, -1)) + mask
     return logits.softmax(dim=-1) @ v, logits.logsumexp(dim=-1)
 
 
@@ -197,36 +147,22 @@ def _backward(
     handle: int,
     scale: float,
 ) -> list[Tensor]:
-    tiles = _Tiles(living[handle], _nested(nesting, features))
-    gradient = _Gradient(tiles.bias, features, wanted)
-    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    delta = (grad * out).sum(dim=-1)
-    held = q.new_empty(2, max(BUFFER_HELD, tiles.height * tiles.width))
-    for rows, columns in itertools.product(*(_slices(0, q.shape[2], side) for side in (tiles.height, tiles.width))):
-        b, derivative = tiles.differentiable(rows, columns, gradient)
-        db = torch.zeros_like(b)
-        for sample, group in _groups(q.shape[0], q.shape[1], b.shape[2] * b.shape[3]):
-            at, to = (sample, group, rows), (sample, group, columns)
-            of = (min(sample, tiles.samples - 1), group if tiles.heads > 1 else slice(0, 1))
-            size = (group.stop - group.start, b.shape[2], b.shape[3])
-            p, ds = (buffer[: math.prod(size)].view(size) for buffer in held)
-            torch.baddbmm(b[of].to(q.dtype).expand(size), q[at], k[to].transpose(1, 2), alpha=scale, out=p)
-            p.sub_(logsumexp[at][..., None]).exp_()
-            dv[to].baddbmm_(p.transpose(1, 2), grad[at])
-            torch.bmm(grad[at], v[to].transpose(1, 2), out=ds)
-            ds.sub_(delta[at][..., None]).mul_(p)
-            dq[at].baddbmm_(ds, k[to], alpha=scale)
-            dk[to].baddbmm_(ds.transpose(1, 2), q[at], alpha=scale)
-            if tiles.heads > 1:
-                db[of] += ds
-            else:
-                for of_head in ds:
-                    db[of][0] += of_head
-        gradient.add(derivative(db), rows, columns)
-    of_parameters = [
-        gradient.parameters.get(name, torch.zeros_like(parameter)) for name, parameter in tiles.bias.named_parameters()
-    ]
-    return [dq, dk, dv, *(total for total in gradient.features if total is not None), *of_parameters]
+    bias = living[handle]
+    of_qkv = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    of_features = {index: torch.zeros_like(features[index]) for index in wanted}
+    of_parameters = {name: torch.zeros_like(parameter) for name, parameter in bias.named_parameters()}
+    negative_logsumexp, negative_delta = -logsumexp, -(grad * out).sum(dim=-1)
+    for samples, own in _terrains(q.shape[0], features):
+        tiles, gradient = Tiles(bias, _nested(nesting, own)), Gradient(bias, own, wanted)
+        given = [t[samples] for t in (q, k, v, grad, negative_logsumexp, negative_delta)]
+        _gradients(tiles, gradient, given, [t[samples] for t in of_qkv], scale)
+        for name, part in gradient.parameters.items():
+            of_parameters[name] += part
+        for index, total in of_features.items():
+            found = gradient.features[index]
+            assert found is not None
+            total[samples if len(total) > 1 else slice(None)] += found
+    return [*of_qkv, *of_features.values(), *of_parameters.values()]
 
 
 @_backward.register_fake
@@ -244,6 +180,95 @@ def _(
 ) -> list[Tensor]:
     likes = [q, k, v, *(features[index] for index in wanted), *parameters]
     return [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
+
+
+@dataclass
+class _Strip:
+    """Some queries of all samples and heads, `[B * H, rows, ...]`, and the gradient that they gather."""
+
+    q: Tensor
+    grad: Tensor
+    negative_logsumexp: Tensor
+    negative_delta: Tensor
+    dq: Tensor
+
+
+@dataclass
+class _Keys:
+    """Some keys of all samples and heads, `[B * H, columns, ...]`, and the gradients that they gather."""
+
+    k: Tensor
+    v: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def _gradients(
+    tiles: Tiles, gradient: Gradient, given: Sequence[Tensor], of_qkv: Sequence[Tensor], scale: float
+) -> None:
+    """Add the gradients of samples that share a bias to those of q, k and v, and to `gradient`.
+
+    `given` are q, k, v, the gradient of what came out, and -logsumexp and -delta.
+    """
+    q, k, v, grad, negative_logsumexp, negative_delta = given
+    dq, dk, dv = of_qkv
+    tokens, heads = q.shape[2], q.shape[1]
+    buffers = q.new_empty(2, max(BUFFER_HELD, SIDE * SIDE))
+    side = min(SIDE, tiles.width)
+    for columns in slices(0, tokens, tiles.width):
+        parts = list(slices(columns.start, columns.stop, side))
+        keys = [_Keys(*(_joined(t, part) for t in (k, v, dk, dv))) for part in parts]
+        for rows in slices(0, tokens, SIDE):
+            strip = _Strip(*(_joined(t, rows) for t in (q, grad, negative_logsumexp, negative_delta, dq)))
+            b, derivative = tiles.differentiable(rows, columns, gradient)
+            db = torch.zeros_like(b)
+            for part, some in zip(parts, keys, strict=True):
+                at = _within(columns, part)
+                _add_tile(strip, some, b[:, :, at], db[:, :, at], heads, buffers, scale)
+            gradient.add(derivative(db), rows, columns)
+            dq[:, :, rows] = strip.dq.unflatten(0, q.shape[:2])
+        for part, some in zip(parts, keys, strict=True):
+            dk[:, :, part], dv[:, :, part] = (t.unflatten(0, k.shape[:2]) for t in (some.dk, some.dv))
+
+
+def _joined(values: Tensor, part: slice) -> Tensor:
+    """A contiguous copy of some tokens of `[B, H, L, ...]`, `[B * H, tokens, ...]`."""
+    return values[:, :, part].clone(memory_format=torch.contiguous_format).flatten(0, 1)
+
+
+def _add_tile(strip: _Strip, keys: _Keys, b: Tensor, db: Tensor, heads: int, buffers: Tensor, scale: float) -> None:
+    """Add the gradients of some queries with some keys, some heads at a time."""
+    rows, columns = strip.q.shape[1], keys.k.shape[1]
+    for group, of in _groups(len(strip.q), heads, len(b), buffers.shape[1] // (rows * columns)):
+        size = (group.stop - group.start, rows, columns)
+        p, ds = (buffer[: math.prod(size)].view(size) for buffer in buffers)
+        q, grad, k, v = strip.q[group], strip.grad[group], keys.k[group], keys.v[group]
+        torch.add(b[of], strip.negative_logsumexp[group, :, None], out=p)
+        p.baddbmm_(q, k.transpose(1, 2), alpha=scale).exp_()
+        keys.dv[group].baddbmm_(p.transpose(1, 2), grad)
+        torch.bmm(grad, v.transpose(1, 2), out=ds)
+        ds.add_(strip.negative_delta[group, :, None]).mul_(p)
+        strip.dq[group].baddbmm_(ds, k, alpha=scale)
+        keys.dk[group].baddbmm_(ds.transpose(1, 2), q, alpha=scale)
+        db[of] += ds if len(db) > 1 else ds.sum(dim=0)
+
+
+def _groups(batch_heads: int, heads: int, told_apart: int, at_once: int) -> Iterator[tuple[slice, slice]]:
+    """As many of the samples' heads at once as a buffer holds, and the heads of the bias that are theirs."""
+    within = heads if told_apart > 1 else batch_heads
+    for first in range(0, batch_heads, within):
+        for group in slices(first, first + within, max(1, at_once)):
+            yield group, _within(slice(first, first + within), group) if told_apart > 1 else slice(0, 1)
+
+
+def _terrains(batch: int, features: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """The samples that share a bias, and its features: all at once, or one by one."""
+    if all(len(feature) == 1 for feature in features):
+        yield slice(0, batch), list(features)
+        return
+    for sample in range(batch):
+        one = slice(sample, sample + 1)
+        yield one, [feature if len(feature) == 1 else feature[one] for feature in features]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -265,18 +290,6 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def _slices(start: int, stop: int, step: int) -> Iterator[slice]:
-    for begin in range(start, stop, step):
-        yield slice(begin, min(begin + step, stop))
-
-
-def _groups(batch: int, heads: int, numbers: int) -> Iterator[tuple[int, slice]]:
-    """Samples one by one, and as many heads at once as a buffer holds tiles."""
-    for sample in range(batch):
-        for group in _slices(0, heads, max(1, BUFFER_HELD // numbers)):
-            yield sample, group
 
 
 def _nested(nesting: str, tensors: Sequence[Tensor]) -> Tensors:

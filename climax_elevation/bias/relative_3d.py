@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from climax_elevation.bias.base import ElevationBias, Tensors
+from climax_elevation.bias.pair_network import pair_network
 from climax_elevation.checks import count, one_of, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.registry import register_bias
@@ -73,7 +74,7 @@ class RelativePositionBias3D(ElevationBias):
         self.log_spaced = true_or_false("log_spaced", log_spaced)
         if log_spaced and coords != "physical":
             raise InputError("log_spaced is an option of physical coordinates: set coords='physical', or leave it out")
-        self.numbers_a_pair = hidden_dim
+        self.numbers_a_pair = hidden_dim if coords == "physical" else 2 * num_heads
         self.needs = frozenset({"lat", "lon"}) if coords == "physical" else frozenset()
         first, last = nn.Linear(3, count("hidden_dim", hidden_dim)), nn.Linear(hidden_dim, num_heads)
         if true_or_false("zero_init", zero_init):
@@ -108,10 +109,9 @@ class RelativePositionBias3D(ElevationBias):
 
     def pairwise(self, query: Tensors, key: Tensors) -> Tensor:
         if self.coords == "normalized":
-            hidden = (query[0][:, :, None] + key[1][:, None]).relu()
-        else:
-            weight, bias = self._layer(0)
-            hidden = (self._offsets(query[0][:, :, None], key[0][:, None]) @ weight.T + bias).relu()
+            return pair_network(query[0], key[1], *self._layer(2))
+        weight, bias = self._layer(0)
+        hidden = (self._offsets(query[0][:, :, None], key[0][:, None]) @ weight.T + bias).relu()
         weight, bias = self._layer(2)
         # one product for all pairs, heads first as attention wants them
         values = torch.addmm(bias[:, None], weight, hidden.flatten(0, 2).T)

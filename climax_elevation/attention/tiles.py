@@ -1,0 +1,99 @@
+"""The bias of tiles of queries and keys, for engines that never hold all of it, and its derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp
+
+from climax_elevation.bias.base import ElevationBias, Tensors, leaves, map_tensors
+
+SIDE = 512  # queries of a tile, and keys of a tile of probabilities
+TILE_HELD = 1 << 21  # numbers that computing a tile of the bias holds: 8 MB, of the order of a processor's cache
+
+Found = tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
+Derivative = Callable[[Tensor], Found]
+
+
+class Tiles:
+    """The bias of one sample, a tile of queries and keys at a time.
+
+    Args:
+        bias: Whose `pairwise` gives the tiles.
+        features: Of one sample, `[1, L, ...]`.
+    """
+
+    def __init__(self, bias: ElevationBias, features: Tensors) -> None:
+        self.bias, self.features = bias, features
+        first = slice(0, 1)
+        self.heads = self.values(first, first).shape[0]  # that it tells apart; 1 where all share it
+        pairs = max(1, TILE_HELD // (SIDE * bias.numbers_a_pair))
+        self.width = 1 << (pairs.bit_length() - 1)  # keys of a tile: a power of two, which divides the usual lengths
+
+    def values(self, rows: slice, columns: slice) -> Tensor:
+        """b of the tile, `[heads or 1, rows, columns]`."""
+        return self.bias.pairwise(*self.bias.tile(self.features, rows, columns))[0]
+
+    def differentiable(self, rows: slice, columns: slice, gradient: Gradient) -> tuple[Tensor, Derivative]:
+        """b of the tile, and what gives the gradients of what `gradient` sums from that of b."""
+        query, key = self.bias.tile(self.features, rows, columns)
+        pairwise = _Pairwise(self.bias)
+
+        def values(parameters: dict[str, Tensor], of_query: list[Tensor], of_key: list[Tensor]) -> Tensor:
+            sides = (gradient.replaced(query, of_query), gradient.replaced(key, of_key))
+            return functional_call(pairwise, parameters, sides)[0]
+
+        parameters = {f"bias.{name}": parameter.detach() for name, parameter in gradient.learned.items()}
+        return vjp(values, parameters, gradient.wanted(query), gradient.wanted(key))  # type: ignore[return-value]
+
+
+class _Pairwise(nn.Module):
+    """`pairwise` as a module's forward, which is what `functional_call` replaces the parameters of."""
+
+    def __init__(self, bias: ElevationBias) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, query: Tensors, key: Tensors) -> Tensor:
+        return self.bias.pairwise(query, key)
+
+
+class Gradient:
+    """Sums of gradients: of the parameters that learn, and of the features that want one.
+
+    Args:
+        bias: Whose parameters they are.
+        features: Of one sample, `[1, L, ...]`.
+        wanted: Indices of those features whose gradient is wanted.
+    """
+
+    def __init__(self, bias: ElevationBias, features: Sequence[Tensor], wanted: Sequence[int]) -> None:
+        self.learned = {name: parameter for name, parameter in bias.named_parameters() if parameter.requires_grad}
+        self.parameters = {name: torch.zeros_like(parameter) for name, parameter in self.learned.items()}
+        self.features = [torch.zeros_like(f) if index in wanted else None for index, f in enumerate(features)]
+
+    def wanted(self, side: Tensors) -> list[Tensor]:
+        """Those of a tile's features that want a gradient."""
+        return [tensor for tensor, total in zip(leaves(side), self.features, strict=True) if total is not None]
+
+    def replaced(self, side: Tensors, by: Sequence[Tensor]) -> Tensors:
+        """A tile's features, with those that want a gradient replaced."""
+        following, totals = iter(by), iter(self.features)
+        return map_tensors(lambda tensor: tensor if next(totals) is None else next(following), side)
+
+    def add(self, found: Found, rows: slice, columns: slice) -> None:
+        """Add a tile's gradients."""
+        for name, total in self.parameters.items():
+            total += found[0][f"bias.{name}"]
+        wanted = [total for total in self.features if total is not None]
+        for place, side in ((rows, found[1]), (columns, found[2])):
+            for total, part in zip(wanted, side, strict=True):
+                total[:, place] += part
+
+
+def slices(start: int, stop: int, step: int) -> Iterator[slice]:
+    """`start` to `stop` in parts of `step`; the last may be shorter."""
+    for begin in range(start, stop, step):
+        yield slice(begin, min(begin + step, stop))
