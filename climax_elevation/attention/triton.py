@@ -17,7 +17,7 @@ import importlib.util
 import itertools
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,9 @@ from climax_elevation.bias.physics import PhysicsBias
 from climax_elevation.bias.relative_3d import RelativePositionBias3D
 from climax_elevation.errors import InputError
 
+INSTALLED = importlib.util.find_spec("triton") is not None
 HALF = (torch.float16, torch.bfloat16)
-WIDEST_HEAD = 256
+WIDEST_HEAD = 128
 MOST_UNITS = 128  # of the hidden layer
 BLOCK_HELD = 1 << 24  # numbers of db in memory, all samples and heads: 32 MB in half precision, and b beside it
 BLOCK_COLUMNS = 2048
@@ -43,23 +44,23 @@ class Tile(NamedTuple):
     stages: int
 
 
-# By type and width of a head, up to: chosen so that ptxas spills no register and shared memory suffices on compute
-# capabilities 8.0 and 9.0; NOT measured.
-FORWARD = {
-    (True, 64): Tile(128, 64, 4, 3),
-    (True, 128): Tile(128, 64, 8, 3),
-    (True, 256): Tile(64, 64, 8, 2),
-    (False, 64): Tile(32, 32, 4, 1),
-    (False, 128): Tile(32, 32, 8, 1),
-    (False, 256): Tile(16, 32, 8, 1),
-}
-BACKWARD = {
-    (True, 64): Tile(64, 64, 4, 2),
-    (True, 128): Tile(64, 64, 8, 2),
-    (True, 256): Tile(32, 64, 8, 1),
-    (False, 64): Tile(32, 32, 8, 1),
-    (False, 128): Tile(32, 32, 8, 1),
-    (False, 256): Tile(16, 16, 8, 1),
+class Tiles(NamedTuple):
+    """Of the three attention kernels."""
+
+    forward: Tile
+    queries: Tile
+    keys: Tile
+
+
+# By bytes of a number and width of a head, up to. NOT measured: they are the ones with which ptxas, for compute
+# capabilities 8.0 and 9.0, spills next to no register and shared memory suffices.
+TILES = {
+    (2, 64): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    (2, 96): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    (2, 128): Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
+    (4, 96): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (4, 128): Tiles(Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    (8, 128): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 PAIRS = {64: Tile(32, 128, 8, 1), 128: Tile(32, 64, 8, 1)}  # of the relative bias, by hidden units up to
 
@@ -71,7 +72,7 @@ def supports(bias: ElevationBias, dtype: torch.dtype, *head_widths: int) -> bool
         and dtype in (*HALF, torch.float32)
         and len(set(head_widths)) <= 1
         and max(head_widths, default=0) <= WIDEST_HEAD
-        and importlib.util.find_spec("triton") is not None
+        and INSTALLED
     )
 
 
@@ -102,8 +103,7 @@ def triton_attention(
                 excess, beta = features[1].expand(len(q), -1), bias.wind_beta.to(wide)
             out, _ = _physics(q, k, v, height, excess, bias.elevation_alpha.to(wide), beta, bias.direction, scale)
         else:
-            last = bias.mlp[-1]
-            assert isinstance(bias, RelativePositionBias3D) and isinstance(last, nn.Linear)
+            last = cast(nn.Linear, cast(RelativePositionBias3D, bias).mlp[-1])
             out, _ = _relative(q, k, v, features[0], features[1], last.weight.to(wide), last.bias.to(wide), scale)
         return out
 
@@ -122,10 +122,6 @@ def _check(q: Tensor, v: Tensor, bias: ElevationBias, dropout_p: float) -> None:
             f"the engine 'triton' takes heads of one width up to {WIDEST_HEAD} for queries, keys and values, not of "
             f"{q.shape[-1]} and {v.shape[-1]}: choose 'tiled'"
         )
-    if importlib.util.find_spec("triton") is None:
-        raise InputError("the engine 'triton' needs the package triton, which is not installed: choose 'tiled'")
-    if q.device.type != "cuda" and not kernels().INTERPRETED:
-        raise InputError(f"the engine 'triton' runs on a CUDA or ROCm GPU, not on {q.device.type}: choose 'tiled'")
 
 
 class _Region(NamedTuple):
@@ -162,6 +158,10 @@ class _Attention:
     """The attention kernels, with the arguments that all launches share."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, direction: str = "") -> None:
+        if q.device.type != "cuda" and not kernels().INTERPRETED.value:
+            raise InputError(
+                f"the engine 'triton' runs on a CUDA or ROCm GPU, not on {q.device.type}: choose 'tiled' or 'auto'"
+            )
         if not (q.stride() == k.stride() == v.stride() and q.stride(-1) == 1):
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         self.q, self.k, self.v = q, k, v
@@ -169,6 +169,7 @@ class _Attention:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.sizes = {"HEADS": self.heads, "WIDTH": self.width, **_parts(self.width)}
         self.options = {**self.sizes, "SCALE": scale, "DIRECTION": direction}
+        self.tiles = _tiles_of(q.dtype, self.width)
         self.everything = _Region(0, self.tokens, 0, self.tokens)
 
     def empty(self, dtype: torch.dtype) -> Tensor:
@@ -181,13 +182,13 @@ class _Attention:
 
     def programs(self, length: int, tile: int) -> tuple[int, int]:
         """The grid of launches that give a program `tile` tokens of one head."""
-        return _tiles(length, tile), self.batch * self.heads
+        return _count(length, tile), self.batch * self.heads
 
     def forward(
         self, out: Tensor, logsumexp: Tensor, region: _Region, physics: _Physics, block: Tensor | None, resume: bool
     ) -> None:
         """Fill the region's rows of `out` and `logsumexp`; with `resume`, they hold those of earlier columns."""
-        tile = _tile(FORWARD, self.q)
+        tile = self.tiles.forward
         kernels().attention_forward[self.programs(region.rows, tile.rows)](
             *(self.q, self.k, self.v, out, logsumexp, *physics, block, _sample_stride(block)),
             *(*self.q.stride()[:3], self.tokens, *region),
@@ -228,7 +229,7 @@ class _Attention:
             dblock: Its gradient.
             resume: Whether `found` holds the sums over earlier rows.
         """
-        tile = _tile(BACKWARD, self.q)
+        tile = self.tiles.keys
         kernels().attention_backward_keys[self.programs(region.columns, tile.columns)](
             *(self.q, self.k, self.v, *known, *found, *physics, *of_features, block, dblock, _sample_stride(block)),
             *(*self.q.stride()[:3], self.tokens, *region),
@@ -245,7 +246,7 @@ class _Attention:
         of_features: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         """Fill `dq`, and return the gradients of alpha and beta; arguments as of `backward_keys`."""
-        tile = _tile(BACKWARD, self.q)
+        tile = self.tiles.queries
         grid = self.programs(self.tokens, tile.rows)
         dalpha = self.q.new_empty(grid, dtype=self.wide)
         dbeta = None if physics.beta is None else torch.empty_like(dalpha)
@@ -260,6 +261,8 @@ class _Attention:
 
 def kernels() -> ModuleType:
     """The device code, imported when it is first needed."""
+    if not INSTALLED:
+        raise InputError("the engine 'triton' needs the package triton, which is missing: choose 'tiled' or 'auto'")
     return importlib.import_module("climax_elevation.attention.triton_kernels")
 
 
@@ -275,12 +278,12 @@ def _power_of_two(number: int) -> int:
     return max(16, 1 << (number - 1).bit_length())
 
 
-def _tiles(length: int, tile: int) -> int:
+def _count(length: int, tile: int) -> int:
     return -(-length // tile)
 
 
-def _tile(table: dict[tuple[bool, int], Tile], q: Tensor) -> Tile:
-    return next(tile for (half, width), tile in table.items() if half == (q.dtype in HALF) and q.shape[-1] <= width)
+def _tiles_of(dtype: torch.dtype, width: int) -> Tiles:
+    return next(tiles for (size, most), tiles in TILES.items() if size == dtype.itemsize and width <= most)
 
 
 def _compiled(tile: Tile, region: _Region) -> dict[str, Any]:
@@ -448,7 +451,7 @@ class _Network:
         }
 
     def grid(self, region: _Region) -> tuple[int, int, int]:
-        return _tiles(region.columns, self.tile.columns), _tiles(region.rows, self.tile.rows), self.samples
+        return _count(region.columns, self.tile.columns), _count(region.rows, self.tile.rows), self.samples
 
     def block(self, region: _Region) -> Tensor:
         """b of a region, `[B or 1, H, rows, columns]`."""
@@ -543,11 +546,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate_physics(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    height, excess, alpha, beta = ctx.saved_tensors[5:]
+    saved = ctx.saved_tensors  # looked at once, as checkpointing allows
     of_features = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    found = iter(_physics_backward(grad, *ctx.saved_tensors, *ctx.rest, of_features))
+    found = iter(_physics_backward(grad, *saved, *ctx.rest, of_features))
     dq, dk, dv, dalpha = (next(found) for _ in range(4))
-    dbeta = None if beta is None else next(found)
+    dbeta = None if saved[-1] is None else next(found)
     return dq, dk, dv, next(found, None), next(found, None), dalpha, dbeta, None, None
 
 

@@ -24,6 +24,9 @@ def before(indices, end, EVEN: tl.constexpr):
         return indices < end
 
 
+INTERPRETED = tl.constexpr(not isinstance(before, JITFunction))  # on the CPU, for tests
+
+
 @triton.jit
 def load_part(matrix, rows, stride, inside, START: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
     """Some columns of some rows, zero beyond the matrix."""
@@ -54,9 +57,7 @@ def store_part(matrix, rows, stride, inside, values, START: tl.constexpr, SIZE: 
 
 
 @triton.jit
-def store_rows(
-    matrix, rows, stride, inside, first, rest, WIDTH: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr
-):
+def store_rows(matrix, rows, stride, inside, first, rest, WIDTH: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
     """What `load_rows` loads."""
     store_part(matrix, rows, stride, inside, first, 0, FIRST, WIDTH)
     if REST > 0:
@@ -64,24 +65,30 @@ def store_rows(
 
 
 @triton.jit
+def add_product(total, a, b, WIDE: tl.constexpr):
+    """total + a b"""
+    if INTERPRETED:  # the interpreter multiplies bfloat16 as if it were integers
+        a, b = a.to(WIDE), b.to(WIDE)
+    return tl.dot(a, b, total, out_dtype=WIDE, input_precision="ieee")
+
+
+@triton.jit
 def products(a, a_rest, b, b_rest, REST: tl.constexpr, WIDE: tl.constexpr):
     """a b^T"""
-    first = tl.dot(a, tl.trans(b), out_dtype=WIDE, input_precision="ieee")
+    total = add_product(tl.zeros([a.shape[0], b.shape[0]], WIDE), a, tl.trans(b), WIDE)
     if REST > 0:
-        return tl.dot(a_rest, tl.trans(b_rest), first, out_dtype=WIDE, input_precision="ieee")
-    else:
-        return first
+        total = add_product(total, a_rest, tl.trans(b_rest), WIDE)
+    return total
 
 
 @triton.jit
 def add_products(total, total_rest, weights, b, b_rest, REST: tl.constexpr, WIDE: tl.constexpr):
     """total + weights b, with the weights rounded to b's type as the tensor cores want it."""
     weights = weights.to(b.dtype)
-    total = tl.dot(weights, b, total, out_dtype=WIDE, input_precision="ieee")
+    total = add_product(total, weights, b, WIDE)
     if REST > 0:
-        return total, tl.dot(weights, b_rest, total_rest, out_dtype=WIDE, input_precision="ieee")
-    else:
-        return total, total_rest
+        total_rest = add_product(total_rest, weights, b_rest, WIDE)
+    return total, total_rest
 
 
 @triton.jit
@@ -390,7 +397,7 @@ def load_units(values, tokens, inside, UNITS: tl.constexpr, UNITS_HELD: tl.const
 
 
 @triton.jit
-def load_last_layer(weight, HEADS: tl.constexpr, HEADS_HELD: tl.constexpr, UNITS: tl.constexpr, UNITS_HELD: tl.constexpr):
+def load_weight(weight, HEADS: tl.constexpr, HEADS_HELD: tl.constexpr, UNITS: tl.constexpr, UNITS_HELD: tl.constexpr):
     """W2, `[heads, units]`, zero beyond."""
     heads, units = tl.arange(0, HEADS_HELD), tl.arange(0, UNITS_HELD)
     mask = (heads < HEADS)[:, None] & (units < UNITS)[None, :]
@@ -414,7 +421,7 @@ def relative_bias(
     of_query += sample * tokens * UNITS
     width, size = end_column - first_column, (end_row - first_row) * (end_column - first_column)
     key = load_units(of_key + sample * tokens * UNITS, columns, column_inside, UNITS, UNITS_HELD)
-    last = tl.trans(load_last_layer(weight, HEADS, HEADS_HELD, UNITS, UNITS_HELD))
+    last = tl.trans(load_weight(weight, HEADS, HEADS_HELD, UNITS, UNITS_HELD))
     shift = tl.load(constant + heads, mask=heads < HEADS, other=0.0)
     inside = column_inside[:, None] & (heads < HEADS)[None, :]
     to = block + (sample * HEADS + heads[None, :]) * size + columns[:, None] - first_column
@@ -442,7 +449,7 @@ def relative_bias_backward(
     of_query += sample * tokens * UNITS
     width, height = end_column - first_column, end_row - first_row
     key = load_units(of_key + sample * tokens * UNITS, columns, column_inside, UNITS, UNITS_HELD)
-    last = load_last_layer(weight, HEADS, HEADS_HELD, UNITS, UNITS_HELD)
+    last = load_weight(weight, HEADS, HEADS_HELD, UNITS, UNITS_HELD)
     inside = column_inside[:, None] & (heads < HEADS)[None, :]
     source = dblock + (sample * HEADS + heads[None, :]) * height * width + columns[:, None] - first_column
     dquery += (sample * tl.num_programs(0) + tl.program_id(0)) * height * UNITS
@@ -469,6 +476,3 @@ def relative_bias_backward(
     weight_mask = (heads < HEADS)[:, None] & (units < UNITS)[None, :]
     tl.store(dweight + (program * HEADS + heads[:, None]) * UNITS + units[None, :], of_weight, mask=weight_mask)
     tl.store(dconstant + program * HEADS + heads, of_constant, mask=heads < HEADS)
-
-
-INTERPRETED = not isinstance(attention_forward, JITFunction)
