@@ -79,7 +79,7 @@ def supports(bias: ElevationBias, dtype: torch.dtype, *head_widths: int) -> bool
 def _has_kernels(bias: ElevationBias) -> bool:
     """Whether b is one of those that the kernels compute; not of a subclass, which may compute another."""
     if type(bias) is RelativePositionBias3D:
-        return bias.coords == "normalized" and bias.numbers_a_pair <= MOST_UNITS
+        return bias.coords == "normalized" and cast(nn.Linear, bias.mlp[0]).out_features <= MOST_UNITS
     return type(bias) is PhysicsBias
 
 
@@ -326,7 +326,7 @@ def _physics(
 ) -> tuple[Tensor, Tensor]:
     attention = _Attention(q, k, v, scale, direction)
     out, logsumexp = attention.empty(q.dtype), attention.per_row()
-    physics = _Physics(*_contiguous(height, excess), alpha, beta)
+    physics = _Physics(height.contiguous(), None if excess is None else excess.contiguous(), alpha, beta)
     with torch.cuda.device_of(q):
         attention.forward(out, logsumexp, attention.everything, physics, block=None, resume=False)
     return out, logsumexp
@@ -355,15 +355,18 @@ def _physics_backward(
 ) -> list[Tensor]:
     attention = _Attention(q, k, v, scale, direction)
     dq, dk, dv = (attention.empty(q.dtype) for _ in range(3))
-    physics = _Physics(*_contiguous(height, excess), alpha, beta)
+    physics = _Physics(height.contiguous(), None if excess is None else excess.contiguous(), alpha, beta)
     of_height = attention.per_row(2) if of_features else None  # from queries, and from keys
     of_excess = attention.per_row(2) if of_features and excess is not None else None
-    sides = [tuple(None if both is None else both[side] for both in (of_height, of_excess)) for side in range(2)]
+
+    def of_side(side: int) -> tuple[Tensor | None, Tensor | None]:
+        return None if of_height is None else of_height[side], None if of_excess is None else of_excess[side]
+
     with torch.cuda.device_of(q):
         grad = _laid_out(grad)
         known = (grad, logsumexp, attention.deltas(grad, out))
-        dalpha, dbeta = attention.backward_queries(known, dq, physics, sides[0])
-        attention.backward_keys(known, (dk, dv), attention.everything, physics, sides[1], None, None, resume=False)
+        dalpha, dbeta = attention.backward_queries(known, dq, physics, of_side(0))
+        attention.backward_keys(known, (dk, dv), attention.everything, physics, of_side(1), None, None, resume=False)
     features = [both.sum(dim=(0, 2)) for both in (of_height, of_excess) if both is not None]
     return [dq, dk, dv, dalpha, *([] if dbeta is None else [dbeta]), *features]
 
@@ -436,7 +439,7 @@ class _Network:
     """The relative bias, b[h, i, j] = W2[h] . relu(a_i + c_j) + b2[h], a block at a time, and its gradients."""
 
     def __init__(self, of_query: Tensor, of_key: Tensor, weight: Tensor, constant: Tensor, dtype: torch.dtype) -> None:
-        self.tensors = _contiguous(of_query, of_key, weight, constant)
+        self.tensors = [tensor.contiguous() for tensor in (of_query, of_key, weight, constant)]
         self.samples, self.tokens, units = of_query.shape
         self.heads = len(weight)
         self.tile = next(tile for most, tile in PAIRS.items() if units <= most)
@@ -490,10 +493,6 @@ def _regions(q: Tensor) -> Iterator[_Region]:
     rows = 1 << max(4, (BLOCK_HELD // (batch * heads * columns)).bit_length() - 1)
     for row, column in itertools.product(range(0, tokens, rows), range(0, tokens, columns)):
         yield _Region(row, min(row + rows, tokens), column, min(column + columns, tokens))
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _laid_out(grad: Tensor) -> Tensor:
