@@ -122,20 +122,24 @@ def _git() -> Finding:
 def _engine(name: str) -> Finding:
     """Run an engine on three patches, and compare it with the reference."""
     subject = f"engine {name}"
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2, 3, 4, generator=generator)
-    elevation, speed = torch.tensor([[0.0, 1500.0, 300.0]]), torch.tensor([[2.0, 8.0, 5.0]])
+    q, k, v = torch.randn(3, 1, 2, 3, 4, generator=generator).to(device)
+    elevation, speed = torch.tensor([[[0.0, 1500.0, 300.0]], [[2.0, 8.0, 5.0]]], device=device)
+    bias = PhysicsBias().to(device)
 
     def run(engine: str) -> torch.Tensor:
-        return biased_attention(q, k, v, PhysicsBias(), (elevation, speed), engine=engine)
+        return biased_attention(q, k, v, bias, (elevation, speed), engine=engine)
 
     try:
         error = (run(name) - run("dense")).abs().max().item()
+    except InputError as refusal:  # as "triton" gives where there is no GPU
+        return Finding(Level.NOTE, subject, str(refusal))
     except Exception as failure:  # an engine may fail in whatever way its library does
         return Finding(Level.WRONG, subject, f"does not work here ({failure}): choose another with bias_args.engine")
     if not error <= ENGINE_TOLERANCE:
         return Finding(Level.WRONG, subject, f"is {error:.2g} off the reference: choose another with bias_args.engine")
-    return Finding(Level.OK, subject, "works on the CPU")
+    return Finding(Level.OK, subject, f"works on the {'GPU' if device == 'cuda' else 'CPU'}")
 
 
 def _climax() -> Iterator[Finding]:

@@ -1,10 +1,14 @@
-"""Where real ClimaX and real data are, and the one line that says so."""
+"""Where real ClimaX and real data are, and the one line that says so; Triton's interpreter where there is no GPU."""
 
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is imported, which has not happened yet
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 

@@ -4,9 +4,11 @@ import importlib.metadata
 import shutil
 
 import pytest
+from engines import CPU_ENGINES
 
 from climax_elevation import attention, available_biases
 from climax_elevation.doctor import Finding, Level, doctor, render, status
+from climax_elevation.errors import InputError
 from climax_elevation.upstream.patching import apply, package_folder, revert
 
 
@@ -32,8 +34,17 @@ def test_without_climax_nothing_is_wrong(no_climax):
     assert "unrelated command-line library" in by_subject["ClimaX"].text
     assert by_subject["timm"].text.startswith(importlib.metadata.version("timm"))
     assert by_subject["biases"].text == ", ".join(available_biases())
-    for engine in attention.ENGINES:
+    for engine in CPU_ENGINES:
         assert by_subject[f"engine {engine}"].text.startswith("works")
+
+
+def test_an_engine_that_is_for_other_devices_is_no_fault(no_climax, monkeypatch):
+    def for_gpus(*_):
+        raise InputError("for GPUs: choose 'tiled'")
+
+    monkeypatch.setitem(attention.ENGINES, "for GPUs", for_gpus)
+    assert found("engine for GPUs") == Finding(Level.NOTE, "engine for GPUs", "for GPUs: choose 'tiled'")
+    assert status(doctor()) == 0
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,22 @@ from climax_elevation.attention.dense import dense_attention
 from climax_elevation.attention.reuse import reused_bias
 from climax_elevation.attention.sdpa import WIDE, sdpa_attention
 from climax_elevation.attention.tiled import tiled_attention
+from climax_elevation.attention.triton import supports, triton_attention
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves
 from climax_elevation.errors import InputError
 
 Engine = Callable[[Tensor, Tensor, Tensor, ElevationBias, Tensors, float, float], Tensor]
 
-ENGINES: dict[str, Engine] = {"dense": dense_attention, "sdpa": sdpa_attention, "tiled": tiled_attention}
+ENGINES: dict[str, Engine] = {
+    "dense": dense_attention,
+    "sdpa": sdpa_attention,
+    "tiled": tiled_attention,
+    "triton": triton_attention,
+}
 
 TILED_FROM = {
     "cpu": 256,  # tokens; measured
-    "cuda": 4096,  # not measured: from here on a mask is too large to hold
+    "cuda": 4096,  # where "triton" has no kernel; not measured: from here on a mask is too large to hold
 }
 
 
@@ -30,7 +36,14 @@ def check_engine(name: str) -> None:
 
 
 def choose_engine(
-    name: str, bias: ElevationBias, *, tokens: int, device: str, dtype: torch.dtype, dropout_p: float = 0.0
+    name: str,
+    bias: ElevationBias,
+    *,
+    tokens: int,
+    device: str,
+    dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    head_widths: tuple[int, ...] = (),
 ) -> str:
     """The engine that `name` stands for; "auto" goes by what benchmarks/attention.py found, never by the clock.
 
@@ -41,12 +54,15 @@ def choose_engine(
         device: "cpu" or "cuda"; other devices are taken for the latter.
         dtype: Of queries, keys and values.
         dropout_p: Of attention weights, which only "sdpa" has among the fast ones.
+        head_widths: Of queries and values, where they are known.
     """
     check_engine(name)
     if name != "auto":
         return name
     if dropout_p > 0 or (bias.has_factors and dtype in WIDE):
         return "sdpa"
+    if device == "cuda" and supports(bias, dtype, *head_widths):
+        return "triton"
     return "tiled" if tokens >= TILED_FROM.get(device, TILED_FROM["cuda"]) else "sdpa"
 
 
@@ -72,7 +88,7 @@ def biased_attention(
         scale: Factor of the logits; 1 / sqrt(d) where it is not given.
         dropout_p: Probability that an attention weight is dropped.
         engine: "dense" (plain operations, the reference), "sdpa" (torch's fused attention, with b as its mask or
-            as columns), "tiled" (a tile of b in memory at a time) or "auto".
+            as columns), "tiled" (a tile of b in memory at a time), "triton" (fused, on GPUs) or "auto".
 
     Returns:
         `[B, H, L, d]` in v's type.
@@ -96,5 +112,13 @@ def biased_attention(
         kept = reused_bias(bias, inputs, q.shape[1])
         if kept is not None:
             return scaled_dot_product_attention(q, k, v, attn_mask=kept.to(q.dtype), scale=scale)
-    chosen = choose_engine(engine, bias, tokens=q.shape[2], device=q.device.type, dtype=q.dtype, dropout_p=dropout_p)
+    chosen = choose_engine(
+        engine,
+        bias,
+        tokens=q.shape[2],
+        device=q.device.type,
+        dtype=q.dtype,
+        dropout_p=dropout_p,
+        head_widths=(q.shape[-1], v.shape[-1]),
+    )
     return ENGINES[chosen](q, k, v, bias, inputs, scale, dropout_p)
