@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,16 +114,12 @@ def _compare(
     }
     tasks = _tasks(configuration, data, climax, _plain(common))
     _check_stored(configuration.out, tasks)
-    _check_networks(configuration, tasks, climax)
+    to_do = [task for task in tasks if not task.done]
+    _check_networks(configuration, to_do, climax)
     _simulate(configuration, data, data_identity)
     scorer = Scorer.of(data, configuration.strata, configuration.model.patch_size, configuration.training.batch_size)
-    size = [len(axis) for axis in scorer.data.get_lat_lon()]
     _check_blocks(configuration, scorer)
-    architecture = host_class(climax)
-    with one_thread():
-        for task in tasks[:: len(configuration.seeds)]:
-            try_out(task, size, architecture)
-    to_do = [task for task in tasks if not task.done]
+    _check_terrain(to_do, scorer, climax)
     remove_partial(configuration.out / RUNS)
     logger.info("host: %s", "ClimaX" if climax else "stand-in, which is not ClimaX")
     logger.info(
@@ -287,13 +283,40 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What a network says of its terrain is in its run's log."""
+    library = logging.getLogger("climax_elevation")
+    level = library.level
+    library.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+
+
 def _check_networks(configuration: Configuration, tasks: list[Task], climax: Source | None) -> None:
-    """Every network can be built, which needs no data."""
+    """Networks for simulated data can be built before there are any."""
     if isinstance(configuration.data, TracerData):
-        size = region_elevation(configuration.data.region).elevation_m.shape
-        architecture = host_class(climax)
-        for task in tasks[:: len(configuration.seeds)]:
-            network(task, size, architecture)
+        size, architecture = region_elevation(configuration.data.region).elevation_m.shape, host_class(climax)
+        with _unheard():
+            for task in _one_a_variant(tasks):
+                network(task, size, architecture)
+
+
+def _check_terrain(tasks: list[Task], scorer: Scorer, climax: Source | None) -> None:
+    """Every variant's terrain fits the data."""
+    size, architecture = [len(axis) for axis in scorer.data.get_lat_lon()], host_class(climax)
+    with _unheard(), one_thread():
+        for task in _one_a_variant(tasks):
+            try_out(task, size, architecture)
+
+
+def _one_a_variant(tasks: list[Task]) -> Iterable[Task]:
+    first: dict[str, Task] = {}
+    for task in tasks:
+        first.setdefault(task.variant.name, task)
+    return first.values()
 
 
 def _check_blocks(configuration: Configuration, scorer: Scorer) -> None:
