@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 from climax_elevation.compare import Comparison, compare
@@ -86,28 +85,30 @@ def test_a_wall_is_learned(tmp_path: Path) -> None:
     elevation_m = np.zeros((ROWS, COLUMNS))
     elevation_m[:, WALL] = 6000.0
     ridge = {"wind": False, "direction": "both", "alpha_init": 0.0, "static_terrain": True}
-    done = run(tmp_path, elevation_m, {"ridge": {"bias_type": "ridge", "bias_args": ridge}}, steps=300, seeds=[0, 1, 2])
+    done = run(tmp_path, elevation_m, {"ridge": {"bias_type": "ridge", "bias_args": ridge}}, steps=100, seeds=[0, 1, 2])
     for seed in (0, 1, 2):
         start, end = record(done, "ridge", seed)["scalars"]["blocks.0.elevation_alpha"]
         assert start == 0.0
         assert end > 0.1
     rows = done.differences.query("metric == 'rmse_standardised' and variable == 'mean' and stratum == 'all'")
     assert list(rows.verdict) == ["better", "better"]
-    assert (rows.percent_high < -5).all()
+    assert (rows.percent_high < -40).all()  # -56 and -54 when it was written
 
 
 def test_flat_ground_changes_nothing(tmp_path: Path) -> None:
-    """Every weight after training is the same to the last bit, with dropout: data, order and chance were the same."""
+    """Training is the same but for rounding, since a mask of zeros takes another path through fused attention.
+
+    Dropout is on: data, order and chance were the same. alpha has a gradient of exactly 0.
+    """
     flat = {"wind": False, "static_terrain": True, "terrain_is_flat": True}
     physics_alone = {"physics": {"bias_type": "physics", "bias_args": flat}}
     done = run(tmp_path, np.zeros((ROWS, COLUMNS)), physics_alone, steps=30, seeds=[0], drop_rate=0.1)
-    none, physics = (
-        torch.load(done.out / "runs" / name / "seed0" / "weights.ckpt", weights_only=True)["state_dict"]
-        for name in ("none", "physics")
-    )
-    for name, value in none.items():
-        assert torch.equal(value, physics[name]), name
-    assert record(done, "physics", 0)["scalars"]["blocks.0.elevation_alpha"] == [1.0, 1.0]
-    assert record(done, "physics", 0)["curve"] == record(done, "none", 0)["curve"]
-    scores = done.results[done.results.metric == "rmse"].groupby("variant").value
-    assert list(scores.get_group("none")) == list(scores.get_group("physics"))
+    none, physics = (record(done, name, 0) for name in ("none", "physics"))
+    assert physics["scalars"]["blocks.0.elevation_alpha"] == [1.0, 1.0]
+    np.testing.assert_allclose(physics["curve"], none["curve"], rtol=1e-5)
+    rows = done.differences.query("metric == 'rmse' and variable == 'tracer'")
+    assert len(rows) == 4
+    assert rows.percent.abs().max() < 1e-3
+    # what another order of the data would have changed
+    other = run(tmp_path, np.zeros((ROWS, COLUMNS)), {}, steps=30, seeds=[1], drop_rate=0.1)
+    assert abs(record(other, "none", 1)["curve"][-1][1] / none["curve"][-1][1] - 1) > 1e-3

@@ -108,8 +108,9 @@ class Configuration:
 
     @property
     def comparisons(self) -> list[tuple[str, str]]:
-        """All (variant, counterpart): each variant with the baseline, then `pairs`."""
-        return [(variant.name, self.baseline) for variant in self.variants[1:]] + list(self.pairs)
+        """All (variant, counterpart): each variant with the baseline, then `pairs`; none twice."""
+        with_baseline = [(variant.name, self.baseline) for variant in self.variants[1:]]
+        return list(dict.fromkeys([*with_baseline, *self.pairs]))
 
 
 KEYS = {"out", "data", "variants", "baseline", "pairs", "seeds", "host", "accelerator", "model", "training"}
@@ -225,7 +226,14 @@ def _data(given: Any) -> TracerData | DataSettings:
     for name in ("root_dir", "variables", "out_variables"):
         if not given.get(name):
             raise InputError(f"data has either a tracer, or root_dir, variables and out_variables: it lacks {name}")
-    return fill(DataSettings, given, "data")
+    settings = fill(DataSettings, given, "data")
+    unknown = [name for name in settings.out_variables if name not in settings.variables]
+    if unknown:
+        raise InputError(
+            f"data.out_variables names {unknown[0]}, and data.variables, which are all that a network knows, are "
+            f"{', '.join(settings.variables)}: add it there"
+        )
+    return settings
 
 
 def _tracer(given: dict[str, Any]) -> TracerData:
