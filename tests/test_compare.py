@@ -1,6 +1,7 @@
 """`climax-elevation compare`, end to end on the smallest networks."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,7 +20,9 @@ import yaml
 from climax_elevation.cli import main
 from climax_elevation.compare import Comparison, compare
 from climax_elevation.compare.config import read_configuration
+from climax_elevation.compare.inference import holm
 from climax_elevation.compare.runs import host_class
+from climax_elevation.compare.tables import verdict
 from climax_elevation.errors import InputError
 from climax_elevation.experiment import ModelSettings, build_network
 from climax_elevation.upstream.locate import find_climax
@@ -118,6 +121,9 @@ def test_differences_are_those_of_the_scores(done: Comparison) -> None:
         assert row.time_low <= row.time_high
         assert row.p <= row.p_holm
         assert row.seeds == 2
+    rows = _pick(done.differences, part="val", metric="rmse", variable="2m_temperature", stratum="all")
+    assert len(rows) == 3
+    np.testing.assert_allclose(rows.p_holm, holm(rows.p.to_numpy()))
     test = _pick(done.differences, part="test")
     assert test.time_low.isna().all()  # one shard
     assert "In test there are fewer than 5 such blocks" in done.report
@@ -154,6 +160,48 @@ def test_on_climax_itself(config: Path, climax: Path, tmp_path: Path, monkeypatc
     assert record["scalars"]["blocks.0.elevation_alpha"][1] != 1.0
     with pytest.raises(InputError, match="host ClimaX, now stand-in"):
         compare(config, out=tmp_path / "out", seeds=[3])
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({}, "better"),
+        ({"metric": "acc"}, "worse"),
+        ({"difference": 0.2, "time_low": 0.1, "time_high": 0.3}, "worse"),
+        ({"p_holm": 0.06}, "no difference found"),
+        ({"time_high": 0.1}, "no difference found"),
+        ({"time_low": math.nan, "time_high": math.nan}, "better"),
+        ({"seeds": 1, "p_holm": math.nan}, "one seed: no interval"),
+        ({"difference": math.nan, "p_holm": math.nan}, "not finite"),
+    ],
+)
+def test_verdicts(row: dict[str, Any], expected: str) -> None:
+    clear = {"metric": "rmse", "difference": -0.2, "seeds": 5, "p_holm": 0.04, "time_low": -0.3, "time_high": -0.1}
+    assert verdict(clear | row, 0.05) == expected
+
+
+def test_a_simulated_tracer(tmp_path: Path) -> None:
+    pytest.importorskip("pvlib", reason="the terrain comes from the package pvlib, which is not installed")
+    configuration = tiny(Path()) | {
+        "data": {"tracer": {"region": "alps", "episodes": {"train": 6, "val": 5, "test": 5}, "steps": 2}},
+        "variants": {"none": None, "physics": VARIANTS["physics"]},
+        "seeds": [0],
+        "pairs": [],
+    }
+    configuration["model"]["patch_size"] = 4
+    configuration["training"] |= {"steps": 2, "validations": 1}
+    found = compare(write(tmp_path / "c.yaml", configuration), out=tmp_path / "out")
+    floors = json.loads((tmp_path / "out" / "data.json").read_text())["floors"]
+    for part in ("val", "test"):
+        for name, key in (("floor, first wind", "initial_wind"), ("persistence", "persistence")):
+            where = {"variant": name, "part": part, "metric": "rmse", "variable": "tracer", "stratum": "all"}
+            assert _pick(found.results, **where).value.item() == pytest.approx(floors[part][key], rel=1e-5)
+    assert "| floor, true wind |" in found.report
+    assert "a simulated tracer over real terrain, region alps" in found.report
+    assert {"windward", "lee", "neutral"} < set(found.results.stratum)
+    configuration["data"]["tracer"]["speed_m_s"] = 8.0
+    with pytest.raises(InputError, match="data.tracer.settings.speed_m_s 9.0, now 8.0"):
+        compare(write(tmp_path / "c.yaml", configuration), out=tmp_path / "out")
 
 
 def test_seeds_and_variants_are_added(done: Comparison, config: Path) -> None:

@@ -78,7 +78,7 @@ def _choice(configuration: Configuration, table: pd.DataFrame, differences: pd.D
     metric = configuration.metric
     chosen = table[(table.metric == metric) & (table.variable == MEAN) & (table.stratum == ALL)]
     names = [variant.name for variant in configuration.variants]
-    means = chosen[(chosen.part == "val") & chosen.variant.isin(names)].groupby("variant")["value"].mean()
+    means = _means(chosen[(chosen.part == "val") & chosen.variant.isin(names)].groupby("variant")["value"])
     if not means.notna().any():
         return "No variant has a finite score on validation."
     best = str(means.idxmin() if metric in LOWER_IS_BETTER else means.idxmax())
@@ -223,7 +223,12 @@ def _change(row: dict[Any, Any], metric: str) -> str:
 
 def _by_variant(table: pd.DataFrame, part: str, metric: str, stratum: str) -> dict[tuple[str, str], float]:
     kept = table[(table.part == part) & (table.metric == metric) & (table.stratum == stratum)]
-    return dict(kept.groupby(["variant", "variable"])["value"].mean())
+    return dict(_means(kept.groupby(["variant", "variable"])["value"]))
+
+
+def _means(groups: Any) -> pd.Series:
+    """Of each group; not finite where one of its values is not: a seed that diverged is not passed over."""
+    return groups.agg(lambda values: values.mean(skipna=False))
 
 
 def _number(value: float | None) -> str:

@@ -165,7 +165,7 @@ def differences_table(results: Results) -> pd.DataFrame:
         share = 100 * table[name] / table["counterpart_value"]
         column = name.replace("difference", "percent") if name == "difference" else f"percent_{name}"
         table[column] = share.where(table["metric"].isin(LOWER_IS_BETTER))
-    table["verdict"] = [_verdict(row, 1 - settings.confidence) for row in table.to_dict("records")]
+    table["verdict"] = [verdict(row, 1 - settings.confidence) for row in table.to_dict("records")]
     return table
 
 
@@ -207,7 +207,8 @@ def _metric_rows(results: Results, part: str, metric: str, counts: Array | None)
     return rows
 
 
-def _verdict(row: dict[str, Any], level: float) -> str:
+def verdict(row: dict[str, Any], level: float) -> str:
+    """What a row of differences amounts to, as defined at the top; level is 1 - confidence."""
     if not math.isfinite(row["difference"]):
         return NOT_FINITE
     if row["seeds"] < 2:
