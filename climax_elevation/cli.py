@@ -97,6 +97,20 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--regrid", metavar="DEGREES", help="to ClimaX's grid of 5.625, 2.8125 or 1.40625 degrees")
     prepare.set_defaults(run=_prepare)
 
+    compare = commands.add_parser(
+        "compare",
+        help="train biases beside none, with several seeds, and say what differs",
+        description="Trains every variant of CONFIG with every seed, everything else equal, on ClimaX's architecture "
+        "where ClimaX is found, else on the stand-in host; writes results.csv, differences.csv and report.md, and "
+        "prints the report. The same command goes on where it was stopped; seeds and variants may be added.",
+    )
+    compare.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/compare/tracer.yaml")
+    compare.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: the file's)")
+    compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU, or one on the CPU)")
+    compare.add_argument("--seeds", nargs="+", type=int, metavar="N", help="in the place of the file's")
+    compare.add_argument("--variants", nargs="+", metavar="NAME", help="only these, and the baseline")
+    compare.set_defaults(run=_compare)
+
     doctor = commands.add_parser("doctor", help="print versions, what is installed, and what is wrong")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -135,6 +149,14 @@ def _prepare(options: argparse.Namespace, _: list[str]) -> None:
         f"{prepared.out}: {height} x {width} pixels, {', '.join(prepared.variables)}; "
         + ", ".join(f"{part} {steps} steps" for part, steps in prepared.steps.items())
     )
+
+
+def _compare(options: argparse.Namespace, _: list[str]) -> None:
+    from climax_elevation.compare import compare
+
+    done = compare(options.config, out=options.out, jobs=options.jobs, seeds=options.seeds, variants=options.variants)
+    print(done.report)
+    print(f"{done.out}: results.csv, differences.csv, report.md")
 
 
 def _units(pairs: list[str]) -> dict[str, str]:

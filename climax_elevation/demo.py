@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pytorch_lightning import Callback, LightningModule, Trainer, seed_everything
-from torch import nn
 from torch.nn.functional import max_pool2d
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -25,21 +17,25 @@ from climax_elevation.bias import ElevationBias
 from climax_elevation.data.altitude import ElevationMap, region_elevation
 from climax_elevation.data.shards import GlobalForecastDataModule
 from climax_elevation.errors import InputError
-from climax_elevation.forecast import GlobalForecastModule
+from climax_elevation.experiment import (
+    DataSettings,
+    ModelSettings,
+    TrainingSettings,
+    build_network,
+    fit,
+    one_thread,
+    quiet,
+)
 from climax_elevation.host import StandInClimaX
 from climax_elevation.tracer import TRACER_VARIABLES, Floor, TracerSettings, floor, write_tracer_dataset
-from climax_elevation.training import TerrainCallback
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 VARIABLES = [name for name in TRACER_VARIABLES if name != "lattitude"]
 SETTINGS = TracerSettings(steps=3)
-PATCH = 4
-WIDTH = 64
-DEPTH = 1
-BATCH = 16
-LEARNING_RATE = 6e-3
+MODEL = ModelSettings()
+BATCH = TrainingSettings.batch_size
 VALIDATIONS = 10
 PICTURE = "demo.png"
 
@@ -152,11 +148,11 @@ def demo(
     simulator = write_tracer_dataset(out, ground, episodes=numbers, seed=seed, settings=SETTINGS, progress=True)
     hours = int(SETTINGS.hours(ground))
     floors = {part: floor(out, simulator, hours=hours, partition=part) for part in ("val", "test")}
-    with _one_thread():
+    with one_thread():
         without = _train(_network(ground, seed), out, hours, seed, steps, "without bias")
         with_bias = _train(biased, out, hours, seed, steps, f"with bias {bias}")
     report = DemoReport(region, bias, seed, ground, hours, steps, without, with_bias, floors["test"], out / PICTURE)
-    _draw(report, floors["val"], *_bias_of_one_patch(biased, _data(out, hours)))
+    _draw(report, floors["val"], *_bias_of_one_patch(biased, _data(out, hours).module(BATCH)))
     return report
 
 
@@ -169,133 +165,32 @@ def _check_extra() -> None:
         ) from error
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The tensors are too small to share: threads wait for each other, by far the most where cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _network(
     ground: ElevationMap, seed: int, bias: str | None = None, bias_args: dict[str, Any] | None = None
 ) -> StandInClimaX:
-    torch.manual_seed(seed)
-    net = StandInClimaX(
-        VARIABLES,
-        ground.elevation_m.shape,
-        patch_size=PATCH,
-        embed_dim=WIDTH,
-        depth=DEPTH,
-        decoder_depth=1,
-        num_heads=4,
-        drop_path=0.0,
-        drop_rate=0.0,
-        use_physics_mask=bias is not None,
-        bias_type=bias or "",
-        bias_args=bias_args,
+    net = build_network(
+        MODEL, VARIABLES, ground.elevation_m.shape, seed=seed, bias_type=bias, bias_args=bias_args, host=StandInClimaX
     )
-    _scale_weights(net)
-    return net
+    return cast(StandInClimaX, net)
 
 
-def _scale_weights(net: StandInClimaX) -> None:
-    """Scale fresh weights to a standard deviation of 1 / sqrt(inputs).
-
-    ClimaX's 0.02 suits 1024 inputs and long training; with 64 the input would reach the output so thinned
-    that this little training learns only the mean.
-    """
-    own = {id(p) for part in net.modules() if isinstance(part, ElevationBias) for p in part.parameters()}
-    with torch.no_grad():
-        for name, weight in net.named_parameters():
-            if name.endswith("weight") and weight.dim() > 1 and id(weight) not in own:
-                weight.mul_(weight[0].numel() ** -0.5 / weight.std())
-
-
-def _data(out: Path, hours: int) -> GlobalForecastDataModule:
-    return GlobalForecastDataModule(
-        str(out),
-        VARIABLES,
-        buffer_size=10000,
-        out_variables=["tracer"],
-        predict_range=1,
-        hrs_each_step=hours,
-        batch_size=BATCH,
-    )
+def _data(out: Path, hours: int) -> DataSettings:
+    return DataSettings(str(out), tuple(VARIABLES), ("tracer",), hrs_each_step=hours)
 
 
 def _train(net: StandInClimaX, out: Path, hours: int, seed: int, steps: int, name: str) -> Run:
-    for logger in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
-    seed_everything(seed)
-    module = GlobalForecastModule(net, lr=LEARNING_RATE, warmup_epochs=steps // 10, max_epochs=steps)
-    watch = _Watch(steps, name)
-    start = _scalars(net)
-    with warnings.catch_warnings(), logging_redirect_tqdm():
-        # Lightning advises more workers for reading, which cost more here than they save
-        warnings.simplefilter("ignore")
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_steps=steps,
-            max_epochs=-1,
-            val_check_interval=steps // VALIDATIONS,
-            check_val_every_n_epoch=None,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[watch, TerrainCallback()],
-        )
-        data = _data(out, hours)
-        trainer.fit(module, datamodule=data)
-        error = trainer.test(module, datamodule=data, verbose=False)[0]["test/w_rmse"]
-    end = _scalars(net)
-    return Run(error, watch.curve, median(watch.seconds), {key: (start[key], end[key]) for key in end})
+    training = TrainingSettings(steps=steps, validations=VALIDATIONS)
+    with tqdm(total=steps, desc=f"training {name}", unit="step") as bar, logging_redirect_tqdm():
 
+        def on_step(error: float | None) -> None:
+            if error is not None:
+                bar.set_postfix_str(f"error {error:.4f}", refresh=False)
+            bar.update()
 
-def _scalars(net: nn.Module) -> dict[str, float]:
-    return {
-        f"{place}.{name}".replace(".attn.bias", ""): parameter.item()
-        for place, part in net.named_modules()
-        if isinstance(part, ElevationBias)
-        for name, parameter in part.named_parameters()
-        if parameter.numel() == 1
-    }
-
-
-class _Watch(Callback):
-    """One progress bar over all steps; the error over training, and the time a step."""
-
-    def __init__(self, steps: int, name: str) -> None:
-        self.steps, self.name = steps, name
-        self.curve: list[tuple[int, float]] = []
-        self.seconds: list[float] = []
-        self._started = 0.0
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bar = tqdm(total=self.steps, desc=f"training {self.name}", unit="step")
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._started = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.seconds.append(time.perf_counter() - self._started)
-        self._bar.update()
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        error = float(trainer.callback_metrics["val/w_rmse"])
-        self.curve.append((trainer.global_step, error))
-        self._bar.set_postfix_str(f"error {error:.4f}")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bar.close()
+        fitted = fit(net, _data(out, hours), training, seed=seed, on_step=on_step)
+    with quiet():
+        scores = fitted.trainer.test(fitted.module, datamodule=fitted.data, verbose=False)
+    return Run(scores[0]["test/w_rmse"], fitted.curve, fitted.seconds_a_step, fitted.scalars)
 
 
 def _bias_of_one_patch(
@@ -335,8 +230,8 @@ def _draw(report: DemoReport, floor: Floor, bias: NDArray[np.float32], patch: tu
         limits,
     )
     panels["bias"].contour(ground.lon, ground.lat, ground.elevation_m, [1000, 3000], colors="0.25", linewidths=0.8)
-    lat = ground.lat[patch[0] * PATCH] + (PATCH - 1) / 2 * ground.lat_step
-    lon = ground.lon[patch[1] * PATCH] + (PATCH - 1) / 2 * ground.lon_step
+    lat = ground.lat[patch[0] * MODEL.patch_size] + (MODEL.patch_size - 1) / 2 * ground.lat_step
+    lon = ground.lon[patch[1] * MODEL.patch_size] + (MODEL.patch_size - 1) / 2 * ground.lon_step
     for name in ("terrain", "bias"):
         panels[name].plot(lon, lat, "x", color="#d55e00", markersize=12, markeredgewidth=3)
     _curves(panels["errors"], report, floor)

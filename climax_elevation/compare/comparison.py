@@ -1,0 +1,368 @@
+"""`climax-elevation compare`: several networks, several seeds, everything else equal."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from climax_elevation.checks import count
+from climax_elevation.compare.config import Configuration, TracerData, identity, read_configuration
+from climax_elevation.compare.inference import FEWEST_BLOCKS
+from climax_elevation.compare.report import report
+from climax_elevation.compare.runs import (
+    RECORD,
+    Finished,
+    Task,
+    host_class,
+    network,
+    read_run,
+    remove_partial,
+    run_all,
+    try_out,
+    variant_identity,
+)
+from climax_elevation.compare.scores import PARTS, Samples, Scorer, save_samples
+from climax_elevation.compare.tables import Results, differences_table, results_table
+from climax_elevation.data.altitude import region_elevation
+from climax_elevation.data.format import PARTITIONS
+from climax_elevation.errors import InputError
+from climax_elevation.experiment import DataSettings, one_thread
+from climax_elevation.tracer import floor, write_tracer_dataset
+from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+RUNS, DATA, DATA_RECORD, REFERENCES, LOCK = "runs", "data", "data.json", "references.npz", ".lock"
+RESULTS, DIFFERENCES, REPORT = "results.csv", "differences.csv", "report.md"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison left.
+
+    Attributes:
+        out: The run directory, with results.csv, differences.csv and report.md.
+        results: A row for each variant, seed, part, variable, metric and stratum; see `tables`.
+        differences: A row for each comparison, part, metric, variable and stratum; see `tables`.
+        report: The Markdown text.
+    """
+
+    out: Path
+    results: pd.DataFrame
+    differences: pd.DataFrame
+    report: str
+
+
+def compare(
+    config: str | Path,
+    *,
+    out: str | Path | None = None,
+    jobs: int | None = None,
+    seeds: Sequence[int] | None = None,
+    variants: Sequence[str] | None = None,
+) -> Comparison:
+    """Train every variant with every seed, everything else equal, and say what differs.
+
+    Equal are the data and their order, the host's first weights (per seed) and dropout. What a run depends
+    on is written with it: a comparison that was stopped goes on with the same command, and seeds and
+    variants may be added.
+
+    Args:
+        config: YAML file, see `climax_elevation.compare.config.Configuration` and `configs/compare`.
+        out: Run directory, in the place of the file's.
+        jobs: Runs at a time; None: as many as there are GPUs, or one on the CPU.
+        seeds: In the place of the file's.
+        variants: Only these of the file's, and the baseline.
+
+    Returns:
+        The tables and the report, which are also in the run directory.
+
+    Raises:
+        InputError: For every mistake in the file, the data or the run directory, before any training.
+    """
+    configuration = read_configuration(config, out=out, seeds=seeds, variants=variants)
+    devices = _devices(configuration.accelerator)
+    jobs = count("--jobs", jobs) if jobs is not None else max(1, len(devices))
+    climax, host = _host(configuration.host)
+    with _locked(configuration.out):
+        return _compare(configuration, climax, host, devices, jobs)
+
+
+def _compare(
+    configuration: Configuration, climax: Source | None, host: str, devices: list[int], jobs: int
+) -> Comparison:
+    data, data_identity = _data_settings(configuration)
+    common = {
+        "data": data_identity,
+        "host": host,
+        "accelerator": "gpu" if devices else "cpu",
+        **identity(configuration),
+    }
+    tasks = _tasks(configuration, data, climax, _plain(common))
+    _check_stored(configuration.out, tasks)
+    to_do = [task for task in tasks if not task.done]
+    _check_networks(configuration, to_do, climax)
+    _simulate(configuration, data, data_identity)
+    scorer = Scorer.of(data, configuration.strata, configuration.model.patch_size, configuration.training.batch_size)
+    _check_blocks(configuration, scorer)
+    _check_terrain(to_do, scorer, climax)
+    remove_partial(configuration.out / RUNS)
+    logger.info("host: %s", "ClimaX" if climax else "stand-in, which is not ClimaX")
+    logger.info(
+        "%d variants with %d seeds: %d runs, %d of them finished before; %d at a time on %s",
+        len(configuration.variants),
+        len(configuration.seeds),
+        len(tasks),
+        len(tasks) - len(to_do),
+        jobs,
+        f"{len(devices)} GPUs" if devices else "the CPU",
+    )
+    if to_do:
+        try:
+            run_all(to_do, jobs, devices)
+        except KeyboardInterrupt:
+            finished = sum(task.done for task in tasks)
+            logger.info("%d of %d runs are finished and kept; the same command goes on", finished, len(tasks))
+            raise
+    return _conclude(configuration, tasks, scorer, host)
+
+
+def _conclude(configuration: Configuration, tasks: list[Task], scorer: Scorer, host: str) -> Comparison:
+    runs: dict[tuple[str, int], Finished] = {(task.variant.name, task.seed): read_run(task.folder) for task in tasks}
+    results = Results(
+        configuration=configuration,
+        variables=scorer.data.out_variables,
+        strata=scorer.strata.names,
+        std=scorer.data.output_transforms.std,
+        runs=runs,
+        references=_references(configuration.out, scorer),
+        floors=_stored_floors(configuration.out),
+        host=host,
+    )
+    table, differences = results_table(results), differences_table(results)
+    text = report(results, table, differences)
+    table.to_csv(configuration.out / RESULTS, index=False)
+    differences.to_csv(configuration.out / DIFFERENCES, index=False)
+    (configuration.out / REPORT).write_text(text)
+    return Comparison(configuration.out, table, differences, text)
+
+
+def _host(wanted: str) -> tuple[Source | None, str]:
+    if wanted == "stand-in":
+        return None, "stand-in"
+    try:
+        return find_climax(None), "ClimaX"
+    except ClimaXNotFound as error:
+        if wanted == "climax":
+            raise InputError(f"host is climax: {error}") from error
+        return None, "stand-in"
+
+
+def _devices(accelerator: str) -> list[int]:
+    number = torch.cuda.device_count() if accelerator != "cpu" and torch.cuda.is_available() else 0
+    if accelerator == "gpu" and not number:
+        raise InputError("accelerator is gpu, and torch finds none: write accelerator: auto, or cpu")
+    return list(range(number))
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep other comparisons out of the run directory; leave none where there was none and nothing came of it."""
+    fresh = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the run directory {out} cannot be made: {error}") from error
+    with open(out / LOCK, "w") as lock:
+        if fcntl is not None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(
+                    f"another comparison is running in {out}: wait for it, or give another --out"
+                ) from None
+        try:
+            yield
+        finally:
+            if fresh and {entry.name for entry in out.iterdir()} == {LOCK}:
+                (out / LOCK).unlink()
+                out.rmdir()
+
+
+def _data_settings(configuration: Configuration) -> tuple[DataSettings, dict[str, Any]]:
+    """The data, and what tells them from others."""
+    data = configuration.data
+    if isinstance(data, DataSettings):
+        named = {name: value for name, value in asdict(data).items() if name != "root_dir"}
+        data.module(configuration.training.batch_size)  # says what is missing
+        return data, {**named, "fingerprint": _fingerprint(Path(data.root_dir))}
+    hours = int(data.settings.hours(region_elevation(data.region)))
+    return data.settings_in(configuration.out / DATA, hours), {"tracer": asdict(data)}
+
+
+def _fingerprint(root: Path) -> str:
+    """Of the statistics and the shards' sizes: other data under the same name have another one."""
+    digest = hashlib.sha256()
+    for name in ("normalize_mean.npz", "normalize_std.npz", "lat.npy", "lon.npy"):
+        digest.update((root / name).read_bytes())
+    for part in PARTITIONS:
+        for path in sorted((root / part).glob("*.npz")):
+            digest.update(f"{part}/{path.name} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _tasks(
+    configuration: Configuration, data: DataSettings, climax: Source | None, common: dict[str, Any]
+) -> list[Task]:
+    """Variant after variant; all seeds of each."""
+    return [
+        Task(
+            folder=configuration.out / RUNS / variant.name / f"seed{seed}",
+            variant=variant,
+            seed=seed,
+            data=data,
+            model=configuration.model,
+            training=configuration.training,
+            strata=configuration.strata,
+            keep_best=configuration.choose_on == "val",
+            climax=climax,
+            configuration={**common, "variant": _plain(variant_identity(variant)), "seed": seed},
+        )
+        for variant in configuration.variants
+        for seed in configuration.seeds
+    ]
+
+
+def _check_stored(out: Path, tasks: list[Task]) -> None:
+    """Every run that is there already would be the same today."""
+    wanted = {(task.variant.name, task.seed): task.configuration for task in tasks}
+    variants = {task.variant.name: task.configuration["variant"] for task in tasks}
+    common = {name: value for name, value in tasks[0].configuration.items() if name not in ("variant", "seed")}
+    for path in sorted((out / RUNS).glob(f"*/seed*/{RECORD}")):
+        stored = json.loads(path.read_text())["configuration"]
+        name = path.parts[-3]
+        expected = wanted.get((name, stored["seed"])) or {
+            **common,
+            "variant": variants.get(name, stored["variant"]),
+            "seed": stored["seed"],
+        }
+        found = _first_difference(stored, expected)
+        if found is not None:
+            raise InputError(
+                f"{path.parent} was run with another configuration ({found}): give another --out, or remove what is "
+                "there"
+            )
+
+
+def _first_difference(stored: Any, expected: Any, place: str = "") -> str | None:
+    if isinstance(stored, dict) and isinstance(expected, dict):
+        for name in dict.fromkeys([*stored, *expected]):
+            found = _first_difference(stored.get(name), expected.get(name), f"{place}.{name}".lstrip("."))
+            if found is not None:
+                return found
+        return None
+    return None if stored == expected else f"{place} {stored}, now {expected}"
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """As it is after having been written as JSON."""
+    return json.loads(json.dumps(values))
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What a network says of its terrain is in its run's log."""
+    library = logging.getLogger("climax_elevation")
+    level = library.level
+    library.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+
+
+def _check_networks(configuration: Configuration, tasks: list[Task], climax: Source | None) -> None:
+    """Networks for simulated data can be built before there are any."""
+    if isinstance(configuration.data, TracerData):
+        size, architecture = region_elevation(configuration.data.region).elevation_m.shape, host_class(climax)
+        with _unheard():
+            for task in _one_a_variant(tasks):
+                network(task, size, architecture)
+
+
+def _check_terrain(tasks: list[Task], scorer: Scorer, climax: Source | None) -> None:
+    """Every variant's terrain fits the data."""
+    size, architecture = [len(axis) for axis in scorer.data.get_lat_lon()], host_class(climax)
+    with _unheard(), one_thread():
+        for task in _one_a_variant(tasks):
+            try_out(task, size, architecture)
+
+
+def _one_a_variant(tasks: list[Task]) -> Iterable[Task]:
+    first: dict[str, Task] = {}
+    for task in tasks:
+        first.setdefault(task.variant.name, task)
+    return first.values()
+
+
+def _check_blocks(configuration: Configuration, scorer: Scorer) -> None:
+    block = configuration.statistics.block
+    for part in PARTS:
+        steps = sum(shard.steps - scorer.data.hparams["predict_range"] for shard in scorer.data.shards[part])
+        if block is not None and block * FEWEST_BLOCKS > steps:
+            logger.warning(
+                "statistics.block %d gives fewer than %d blocks in the %d samples of %s: there will be no interval "
+                "over time",
+                block,
+                FEWEST_BLOCKS,
+                steps,
+                part,
+            )
+
+
+def _simulate(configuration: Configuration, data: DataSettings, data_identity: dict[str, Any]) -> None:
+    """Simulate the tracer, unless it is there, and note how well it could be forecast."""
+    tracer = configuration.data
+    if not isinstance(tracer, TracerData):
+        return
+    record = configuration.out / DATA_RECORD
+    if record.is_file():
+        found = _first_difference(json.loads(record.read_text())["data"], _plain(data_identity))
+        if found is not None:
+            raise InputError(f"{data.root_dir} holds another simulation ({found}): give another --out")
+        return
+    ground = region_elevation(tracer.region)
+    simulator = write_tracer_dataset(
+        data.root_dir, ground, episodes=tracer.episodes, seed=tracer.seed, settings=tracer.settings, progress=True
+    )
+    floors = {part: asdict(floor(data.root_dir, simulator, hours=data.hrs_each_step, partition=part)) for part in PARTS}
+    # last of all: it says that the simulation is complete
+    record.write_text(json.dumps({"data": data_identity, "floors": floors}, indent=2))
+
+
+def _stored_floors(out: Path) -> dict[str, dict[str, float]]:
+    record = out / DATA_RECORD
+    return json.loads(record.read_text())["floors"] if record.is_file() else {}
+
+
+def _references(out: Path, scorer: Scorer) -> dict[str, dict[str, Samples]]:
+    """Persistence and climatology, by part; kept too, for later questions."""
+    kinds = {"persistence": scorer.persistence, "climatology": scorer.climatology}
+    references = {part: {name: kind(part) for name, kind in kinds.items()} for part in PARTS}
+    named = {f"{part}/{name}": samples for part in PARTS for name, samples in references[part].items()}
+    save_samples(out / REFERENCES, named, scorer.data.out_variables, scorer.strata.names)
+    return references

@@ -1,0 +1,362 @@
+"""Trains and scores one network, and many at a time, each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Trainer
+from torch import nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from climax_elevation.compare.config import Variant
+from climax_elevation.compare.scores import PARTS, Samples, Scorer, load_samples, save_samples
+from climax_elevation.compare.strata import StrataSettings
+from climax_elevation.errors import InputError
+from climax_elevation.experiment import (
+    DataSettings,
+    Fitted,
+    ModelSettings,
+    TrainingSettings,
+    build_network,
+    fit,
+    one_thread,
+    quiet,
+)
+from climax_elevation.forecast import GlobalForecastModule
+from climax_elevation.host import StandInClimaX
+from climax_elevation.training import TerrainCallback
+from climax_elevation.upstream.arch import climax_class
+from climax_elevation.upstream.locate import Source
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+RECORD, SAMPLES, WEIGHTS, LOG = "run.json", "samples.npz", "weights.ckpt", "log.txt"
+SECONDS_A_MESSAGE = 1.0
+MIB = 2**20
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: a variant with a seed.
+
+    Attributes:
+        folder: Where it goes, when it is done.
+        variant, seed: Which.
+        data, model, training, strata: Settings.
+        keep_best: Whether it ends with the weights that were best on validation.
+        climax: The ClimaX whose architecture is trained; None: the stand-in's.
+        configuration: All that defines it, to be told apart from another.
+    """
+
+    folder: Path
+    variant: Variant
+    seed: int
+    data: DataSettings
+    model: ModelSettings
+    training: TrainingSettings
+    strata: StrataSettings
+    keep_best: bool
+    climax: Source | None
+    configuration: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"variant {self.variant.name!r}, seed {self.seed}"
+
+    @property
+    def done(self) -> bool:
+        """Whether it was finished."""
+        return (self.folder / RECORD).is_file()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run left.
+
+    Attributes:
+        samples: Of each part.
+        record: `run.json`: configuration, versions, cost, scalars of the bias, validation's curve.
+    """
+
+    samples: dict[str, Samples]
+    record: dict[str, Any]
+
+
+def read_run(folder: Path) -> Finished:
+    """A finished run."""
+    return Finished(load_samples(folder / SAMPLES), json.loads((folder / RECORD).read_text()))
+
+
+def host_class(climax: Source | None) -> Callable[..., nn.Module]:
+    """The architecture that is trained."""
+    return StandInClimaX if climax is None else climax_class(climax)
+
+
+def network(task: Task, img_size: Sequence[int], host: Callable[..., nn.Module]) -> nn.Module:
+    """The fresh network of a run.
+
+    Raises:
+        InputError: If sizes or the bias do not fit; the message names the variant.
+    """
+    try:
+        return build_network(
+            task.model,
+            task.data.variables,
+            img_size,
+            seed=task.seed,
+            bias_type=task.variant.bias_type,
+            bias_args=task.variant.bias_args,
+            host=host,
+        )
+    except InputError as error:
+        raise InputError(f"variant {task.variant.name!r}: {error}") from error
+
+
+def try_out(task: Task, img_size: Sequence[int], host: Callable[..., nn.Module]) -> None:
+    """Forecast one batch of validation, which is where terrain that does not fit shows.
+
+    Raises:
+        InputError: If it does not; the message names the variant.
+    """
+    net = network(task, img_size, host)
+    module = GlobalForecastModule(net, warmup_epochs=0, max_epochs=1)
+    with quiet():
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            limit_val_batches=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[TerrainCallback()],
+        )
+        try:
+            trainer.validate(module, datamodule=task.data.module(task.training.batch_size), verbose=False)
+        except InputError as error:
+            raise InputError(f"variant {task.variant.name!r}: {error}") from error
+
+
+def run(task: Task, device: int | None, on_step: Callable[[float | None], None]) -> None:
+    """Train and score; the run's folder appears whole or not at all.
+
+    Args:
+        task: What.
+        device: Index of a GPU; None: the CPU.
+        on_step: Called after every training step.
+    """
+    partial = task.folder.parent / f".{task.folder.name}.{os.getpid()}{PARTIAL}"
+    partial.mkdir(parents=True)
+    try:
+        with _log_to(partial / LOG), one_thread():
+            started = time.perf_counter()
+            scorer = Scorer.of(task.data, task.strata, task.model.patch_size, task.training.batch_size)
+            net = network(task, [len(axis) for axis in scorer.data.get_lat_lon()], host_class(task.climax))
+            fitted = fit(
+                net,
+                task.data,
+                task.training,
+                seed=task.seed,
+                on_step=on_step,
+                device=device,
+                keep_best=task.keep_best,
+            )
+            record = _record(task, fitted, device)
+            samples = {part: scorer.network(net, part) for part in PARTS}
+            record["seconds"] = time.perf_counter() - started
+        save_samples(partial / SAMPLES, samples, task.data.out_variables, scorer.strata.names)
+        torch.save({"state_dict": fitted.module.cpu().state_dict()}, partial / WEIGHTS)
+        (partial / RECORD).write_text(json.dumps(record, indent=2))
+        os.replace(partial, task.folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _record(task: Task, fitted: Fitted, device: int | None) -> dict[str, Any]:
+    return {
+        "configuration": task.configuration,
+        "versions": {name: version(name) for name in ("torch", "timm", "pytorch-lightning")},
+        "device": "cpu" if device is None else torch.cuda.get_device_name(device),
+        "seconds_a_step": fitted.seconds_a_step,
+        "peak_memory_mib": _peak_memory_mib(device),
+        "scalars": fitted.scalars,
+        "curve": fitted.curve,
+    }
+
+
+def _peak_memory_mib(device: int | None) -> float | None:
+    """Most memory so far: of the GPU's allocations, or of the whole process, libraries included."""
+    if device is not None:
+        return torch.cuda.max_memory_allocated(device) / MIB
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+
+
+@contextmanager
+def _log_to(path: Path) -> Iterator[None]:
+    """What the library logs goes to a file, instead of between the progress bars of other runs."""
+    library = logging.getLogger("climax_elevation")
+    handler = logging.FileHandler(path)
+    level, propagate = library.level, library.propagate
+    library.addHandler(handler)
+    library.setLevel(logging.INFO)
+    library.propagate = False
+    try:
+        yield
+    finally:
+        library.removeHandler(handler)
+        handler.close()
+        library.setLevel(level)
+        library.propagate = propagate
+
+
+def run_all(tasks: Sequence[Task], jobs: int, devices: Sequence[int]) -> None:
+    """Run tasks, `jobs` at a time, each in a process of its own, with one progress bar over all.
+
+    Args:
+        tasks: Those that are to do.
+        jobs: How many at a time.
+        devices: Indices of GPUs, which the processes take in turn; none: the CPU.
+
+    Raises:
+        InputError: If a run finds a mistake, or its process is killed; the others are stopped then, and
+            those that are finished stay.
+        RuntimeError: If a run fails otherwise; the message holds its traceback.
+    """
+    waiting, active = deque(tasks), dict[Connection, _Running]()
+    free = deque(range(jobs))
+    steps = sum(task.training.steps for task in tasks)
+    with tqdm(total=steps, unit="step", desc=f"0 of {len(tasks)} runs") as bar, logging_redirect_tqdm():
+        try:
+            while waiting or active:
+                while waiting and free:
+                    slot = free.popleft()
+                    started = _start(waiting.popleft(), slot, devices[slot % len(devices)] if devices else None)
+                    active[started.pipe] = started
+                for pipe in wait(list(active)):
+                    running = active[pipe]  # type: ignore[index]
+                    if _listen(running, bar):
+                        del active[running.pipe]
+                        free.append(running.slot)
+                        bar.set_description(f"{len(tasks) - len(waiting) - len(active)} of {len(tasks)} runs")
+        finally:
+            for running in active.values():
+                running.process.kill()
+                running.process.join()
+
+
+@dataclass
+class _Running:
+    task: Task
+    slot: int
+    process: BaseProcess
+    pipe: Connection
+    steps: int = 0
+
+
+def _start(task: Task, slot: int, device: int | None) -> _Running:
+    # from a server that has the libraries loaded, where there is one: a fresh process takes seconds to load them
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(task, device, theirs), daemon=True)  # type: ignore[attr-defined]
+    process.start()
+    theirs.close()
+    return _Running(task, slot, process, ours)
+
+
+def _listen(running: _Running, bar: tqdm) -> bool:
+    """Take one message of a run; whether it has ended."""
+    try:
+        kind, value = running.pipe.recv()
+    except EOFError:
+        running.process.join()
+        raise InputError(
+            f"{running.task.name} was killed (exit code {running.process.exitcode}), perhaps for lack of memory: give "
+            "fewer --jobs, or a smaller model; finished runs are kept, and the same command goes on"
+        ) from None
+    if kind == "steps":
+        bar.update(value - running.steps)
+        running.steps = value
+        return False
+    running.process.join()
+    running.pipe.close()
+    if kind == "mistake":
+        raise InputError(f"{running.task.name}: {value}")
+    if kind == "failure":
+        raise RuntimeError(f"{running.task.name} failed:\n{value}")
+    bar.update(running.task.training.steps - running.steps)
+    return True
+
+
+def _child(task: Task, device: int | None, pipe: Connection) -> None:
+    # Ctrl-C goes to all processes of a terminal; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    steps, told = 0, time.monotonic()
+
+    def on_step(error: float | None) -> None:
+        nonlocal steps, told
+        steps += 1
+        if time.monotonic() - told > SECONDS_A_MESSAGE:
+            told = time.monotonic()
+            pipe.send(("steps", steps))
+
+    try:
+        run(task, device, on_step)
+    except InputError as error:
+        pipe.send(("mistake", str(error)))
+    except BaseException:
+        pipe.send(("failure", traceback.format_exc()))
+    else:
+        pipe.send(("done", None))
+
+
+def _end_with_parent() -> None:
+    """A run whose comparison was killed would otherwise go on, and meet the one that resumes it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what killed runs left behind."""
+    for partial in folder.glob(f"*/.*{PARTIAL}"):
+        shutil.rmtree(partial)
+
+
+def variant_identity(variant: Variant) -> dict[str, Any]:
+    """A variant without its name."""
+    return {name: value for name, value in asdict(variant).items() if name != "name"}
