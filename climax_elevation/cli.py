@@ -97,9 +97,24 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--regrid", metavar="DEGREES", help="to ClimaX's grid of 5.625, 2.8125 or 1.40625 degrees")
     prepare.set_defaults(run=_prepare)
 
-    doctor = commands.add_parser("doctor", help="print versions, what is installed, and what is wrong")
+    doctor = commands.add_parser(
+        "doctor",
+        help="print versions, what is installed, and what is wrong; or whether a run's bias is alive",
+        description="Without RUN: versions, what is installed, and what is wrong. With RUN: whether the bias that was "
+        "trained there is alive, and how the error changes with elevation zeroed or permuted, wind reversed, and the "
+        "bias times 0, 0.5 and 2.",
+    )
+    doctor.add_argument("folder", nargs="?", type=Path, metavar="RUN", help="folder of a run of train")
+    _add_run_options(doctor)
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--part", default="val", metavar="PART", help="of the data: val or test (default: val)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="which (default: the only one, or last.ckpt)")
+    parser.add_argument("--data", type=Path, metavar="ROOT", help="folder of shards (default: the run's)")
+    parser.add_argument("--climax", type=Path, metavar="PATH", help="a checkout of ClimaX, for a run of ClimaX itself")
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> None:
@@ -146,6 +161,13 @@ def _units(pairs: list[str]) -> dict[str, str]:
 
 
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
+    if options.folder is not None:
+        from climax_elevation.diagnostics import examine, open_run
+
+        run = open_run(options.folder, checkpoint=options.checkpoint, root_dir=options.data, climax=options.climax)
+        with run as opened:
+            print(examine(opened, options.part))
+        return 0
     from climax_elevation.doctor import doctor, render, status
 
     findings = doctor()
