@@ -52,7 +52,7 @@ def errors(run: Run, other: Run | None, *, part: str, variable: str | None, name
         if not (same and np.allclose(theirs.lon, error.lon)):
             raise InputError(f"{names[0]} and {names[1]} forecast other grids: compare runs of the same data")
         beside = (str(names[1]), theirs.values)
-    return plots.error_figure(error, ground_field(run, part), variable, names[0], beside)
+    return plots.error_figure(error, ground_field(run, part), variable, part, names[0], beside)
 
 
 def parameters(source: str | Path) -> Figure:

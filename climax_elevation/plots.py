@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def draw_map(
     axes.set_title(title)
     axes.set_xlabel("longitude (degrees east)")
     axes.set_ylabel("latitude (degrees north)")
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 6, 10]))
     wide = np.ptp(field.unwrapped) > WIDE * np.ptp(field.lat)
     beyond = high is not None and field.values.max() > high
     bar = axes.figure.colorbar(
@@ -257,7 +258,7 @@ def transect_figure(view: View, line: Transect) -> Figure:
         ground = along(view.elevation_m)
         terrain.fill_between(line.distance_km, min(0.0, float(ground.min())), ground, color="0.75", lw=0)
         terrain.plot(line.distance_km, ground, color=BLACK, lw=1.5)
-        terrain.set_ylabel("elevation (m)")
+        terrain.set_ylabel("elevation,\npatch mean (m)")
         terrain.set_title(f"From {line.ends[0]} to {line.ends[1]}\n{view.of}")
         bias.plot(line.distance_km, along(view.reads), "o-", color=BLUE, label="start reads the place")
         bias.plot(line.distance_km, along(view.is_read), "s--", color=VERMILION, label="place reads the start")
@@ -277,13 +278,16 @@ def transect_figure(view: View, line: Transect) -> Figure:
     return figure
 
 
-def error_figure(error: Field, ground: Field, variable: str, name: str, other: tuple[str, Array] | None) -> Figure:
+def error_figure(
+    error: Field, ground: Field, variable: str, part: str, name: str, other: tuple[str, Array] | None
+) -> Figure:
     """Where the forecast errs, and where it errs more or less than another.
 
     Args:
         error: Root mean square error at each pixel, in the variable's unit.
         ground: Elevation, metres.
         variable: ClimaX's name.
+        part: Of the data.
         name: What the run is called.
         other: What another run is called, and its error on the same grid; None: there is none.
     """
@@ -297,7 +301,7 @@ def error_figure(error: Field, ground: Field, variable: str, name: str, other: t
             label = f"change of RMSE ({unit});\nbelow 0: smaller error"
             title = f"{name} minus {other[0]}"
             draw_map(axes[1], Field(error.lat, error.lon, change), title, label, *bias_colours(change), ground)
-        figure.suptitle(f"Error of {variable}{_contour_words(ground.values)}")
+        figure.suptitle(f"Error of {variable}, {part}{_contour_words(ground.values)}")
     return figure
 
 
@@ -387,6 +391,7 @@ class Difference:
 
 
 SIGNIFICANT = 0.05  # of Holm's p
+LONGEST_NAME = 30  # characters a line
 ERRORS = ("rmse", "mse", "mae", "error", "loss")
 
 
@@ -411,12 +416,13 @@ def forest_figure(differences: Sequence[Difference], metric: str, variable: str,
             axes.plot([each.low, each.high], [row, row], "-", color=colour, lw=2.5)
             axes.plot(each.percent, row, "o", color=colour, ms=9, mfc=colour if clear else "white", mew=2)
         axes.axvline(0, color=BLACK, lw=1)
-        axes.set_yticks(range(len(ordered)), [f"{each.variant} vs {each.against}" for each in ordered])
+        names = [textwrap.fill(f"{each.variant} vs {each.against}", LONGEST_NAME) for each in ordered]
+        axes.set_yticks(range(len(ordered)), names)
         axes.set_ylim(-0.7, len(ordered) - 0.3)
         sign = "below 0: smaller error" if error else "above 0: higher"
-        axes.set_xlabel(f"difference in {metric}\n(% of the counterpart's; {sign})")
+        figure.supxlabel(f"difference in {metric} (% of the counterpart's; {sign})", fontsize=POINTS)
         axes.grid(axis="x", alpha=0.3)
         seeds = sorted({each.seeds for each in ordered})
         counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        axes.set_title(f"{variable}, {of}\n95% intervals, {counted} seeds; filled: p < {SIGNIFICANT:g} (Holm)")
+        figure.suptitle(f"{variable}, {of}\n95% intervals, {counted} seeds; filled: p < {SIGNIFICANT:g} (Holm)")
     return figure

@@ -259,8 +259,13 @@ def transect(view: View, start: Place, end: Place) -> Transect:
         middle * angle * EARTH_RADIUS_M / 1e3,
         along // grid[1],
         along % grid[1],
-        (f"{start[0]:g} N, {start[1]:g} E", f"{end[0]:g} N, {end[1]:g} E"),
+        (_words(start), _words(end)),
     )
+
+
+def _words(place: Place) -> str:
+    lat, lon = place[0], (place[1] + 180) % 360 - 180
+    return f"{abs(lat):g}° {'N' if lat >= 0 else 'S'}, {abs(lon):g}° {'E' if lon >= 0 else 'W'}"
 
 
 def error_field(run: Run, part: str, variable: str | None) -> tuple[Field, str]:
