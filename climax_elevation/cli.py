@@ -152,7 +152,7 @@ def _add_kinds(kinds: Any) -> None:
     for name in ("errors", "forest"):
         parsers[name].add_argument("--variable", metavar="NAME", help="which variable")
     for option in ("part", "metric", "stratum"):
-        parsers["forest"].add_argument(f"--{option}", metavar="NAME", help=f"which {option}, where there are several")
+        parsers["forest"].add_argument(f"--{option}", metavar="NAME", help=f"which {option}")
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -222,7 +222,7 @@ def _figure(options: argparse.Namespace) -> Figure:
     if options.kind == "parameters":
         return pictures.parameters(options.folder)
     if options.kind == "forest":
-        chosen = {name: getattr(options, name) for name in pictures.CHOSEN_BY}
+        chosen = {name: getattr(options, name) for name in pictures.USUAL}
         return pictures.forest(options.folder, **chosen)
     with _opened(options, options.folder) as run:
         if options.kind == "errors":

@@ -314,20 +314,29 @@ def _bias_of_one_patch(
 
 
 def _draw(report: DemoReport, floor: Floor, bias: NDArray[np.float32], patch: tuple[int, int]) -> None:
-    from climax_elevation.plots import BIAS_LABEL, bias_colours, draw_map, mark, new_figure
+    from climax_elevation.plots import new_figure, readable_fonts
 
-    figure = new_figure(12, 9)
-    lat, lon = (axis.reshape(-1, PATCH).mean(axis=1) for axis in (report.ground.lat, report.ground.lon))
-    ground = Field(report.ground.lat, report.ground.lon, report.ground.elevation_m)
-    panels = figure.subplot_mosaic([["terrain", "bias"], ["errors", "errors"]])
-    draw_map(panels["terrain"], ground, "Terrain", "elevation (m)", "cividis")
+    with readable_fonts():
+        figure = new_figure(12, 9)
+        panels = figure.subplot_mosaic([["terrain", "bias"], ["errors", "errors"]])
+        _maps(panels["terrain"], panels["bias"], report.ground, bias, patch)
+        _curves(panels["errors"], report, floor)
+        figure.suptitle(f"Simulated tracer over real terrain: {report.region}, {report.hours} h ahead", fontsize=16)
+        figure.savefig(report.picture, dpi=120)
+
+
+def _maps(
+    terrain: Axes, learned: Axes, ground: ElevationMap, bias: NDArray[np.float32], patch: tuple[int, int]
+) -> None:
+    from climax_elevation.plots import BIAS_LABEL, bias_colours, draw_map, mark
+
+    lat, lon = (axis.reshape(n, -1).mean(axis=1) for axis, n in zip((ground.lat, ground.lon), bias.shape, strict=True))
+    field = Field(ground.lat, ground.lon, ground.elevation_m)
+    draw_map(terrain, field, "Terrain", "elevation (m)", "cividis")
     title = "Learned bias of the patch at the cross, for reading\nfrom each other; mean of heads (lines: elevation)"
-    draw_map(panels["bias"], Field(lat, lon, bias), title, BIAS_LABEL, *bias_colours(bias), ground)
-    for name in ("terrain", "bias"):
-        mark(panels[name], lat[patch[0]], lon[patch[1]])
-    _curves(panels["errors"], report, floor)
-    figure.suptitle(f"Simulated tracer over real terrain: {report.region}, {report.hours} h ahead", fontsize=16)
-    figure.savefig(report.picture, dpi=120)
+    draw_map(learned, Field(lat, lon, bias), title, BIAS_LABEL, *bias_colours(bias), field)
+    for axes in (terrain, learned):
+        mark(axes, lat[patch[0]], lon[patch[1]])
 
 
 def _curves(axes: Axes, report: DemoReport, floor: Floor) -> None:

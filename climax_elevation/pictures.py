@@ -17,19 +17,12 @@ from climax_elevation.errors import InputError
 
 DIFFERENCES = "differences.csv"
 COLUMNS = (
-    "variant",
-    "against",
-    "part",
-    "variable",
-    "metric",
-    "stratum",
-    "difference",
-    "low",
-    "high",
-    "p_holm",
-    "seeds",
+    *("variant", "counterpart", "part", "metric", "variable", "stratum", "seeds", "verdict"),
+    *("difference", "low", "high", "time_low", "time_high"),
+    *("percent", "percent_low", "percent_high", "percent_time_low", "percent_time_high"),
 )
-CHOSEN_BY = ("part", "variable", "metric", "stratum")
+USUAL = {"part": "test", "metric": "rmse_standardised", "variable": "mean", "stratum": "all"}
+"""What a forest is of, where it is not said and there are several."""
 
 
 def errors(run: Run, other: Run | None, *, part: str, variable: str | None, names: tuple[str, str | None]) -> Figure:
@@ -94,11 +87,11 @@ def forest(
     metric: str | None = None,
     stratum: str | None = None,
 ) -> Figure:
-    """The differences of a comparison, with their intervals.
+    """The differences of a comparison, with their intervals: of errors in per cent, of other scores as they are.
 
     Args:
         source: differences.csv, or the folder of `climax-elevation compare` that has it.
-        part, variable, metric, stratum: Which; None: the only one that there is.
+        part, variable, metric, stratum: Which; None: that of `USUAL`, or else the only one that there is.
 
     Raises:
         InputError: If there is no such file or it is another, or what to draw is not clear.
@@ -110,22 +103,38 @@ def forest(
     if missing or not rows:
         raise InputError(f"{file} is no result of compare: it lacks {', '.join(missing) or 'rows'}")
     chosen = {"part": part, "variable": variable, "metric": metric, "stratum": stratum}
-    for name in CHOSEN_BY:
-        wanted, there = chosen[name], sorted({row[name] for row in rows})
-        if wanted is None and len(there) > 1:
-            raise InputError(f"{file} has several values of {name}: choose with --{name} one of {', '.join(there)}")
-        if wanted is not None and wanted not in there:
-            raise InputError(f"{file} has no {name} {wanted!r}; it has {', '.join(there)}")
-        chosen[name] = there[0] if wanted is None else wanted
+    for name in USUAL:
+        there = sorted({row[name] for row in rows})
+        chosen[name] = _choice(file, name, chosen[name], there)
         rows = [row for row in rows if row[name] == chosen[name]]
-    of = f"{chosen['part']}, {chosen['stratum']}"
-    return plots.forest_figure([_difference(row) for row in rows], str(chosen["metric"]), str(chosen["variable"]), of)
+    relative = all(row["percent"] for row in rows)
+    unit = "% of the counterpart's; below 0: smaller error" if relative else "dimensionless; above 0: better"
+    of = f"variable: {chosen['variable']}, part: {chosen['part']}, stratum: {chosen['stratum']}"
+    differences = [_difference(row, "percent" if relative else "difference") for row in rows]
+    return plots.forest_figure(differences, of, f"difference in {chosen['metric']} ({unit})")
 
 
-def _difference(row: dict[str, str]) -> plots.Difference:
-    numbers = {name: float(row[name]) for name in ("low", "high", "p_holm")}
+def _choice(file: Path, name: str, wanted: str | None, there: list[str]) -> str:
+    if wanted is None:
+        wanted = USUAL[name] if USUAL[name] in there else there[0] if len(there) == 1 else None
+    if wanted is None:
+        raise InputError(f"{file} has several values of {name}: choose with --{name} one of {', '.join(there)}")
+    if wanted not in there:
+        raise InputError(f"{file} has no {name} {wanted!r}; it has {', '.join(there)}")
+    return wanted
+
+
+def _difference(row: dict[str, str], value: str) -> plots.Difference:
+    before = "percent_" if value == "percent" else ""
+    ends = {name: float(row[before + name] or "nan") for name in ("low", "high", "time_low", "time_high")}
     return plots.Difference(
-        row["variant"], row["against"], percent=float(row["difference"]), seeds=int(float(row["seeds"])), **numbers
+        row["variant"],
+        row["counterpart"],
+        float(row[value] or "nan"),
+        int(row["seeds"]),
+        (ends["low"], ends["high"]),
+        (ends["time_low"], ends["time_high"]),
+        row["verdict"],
     )
 
 

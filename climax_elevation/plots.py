@@ -128,13 +128,12 @@ def draw_map(
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 6, 10]))
     wide = np.ptp(field.unwrapped) > WIDE * np.ptp(field.lat)
     beyond = high is not None and field.values.max() > high
-    bar = axes.figure.colorbar(
-        image,
-        ax=axes,
-        orientation="vertical" if wide else "horizontal",
-        shrink=0.9,
-        extend="max" if beyond else "neither",
-    )
+    extend = "max" if beyond else "neither"
+    if wide:
+        # as high as the map, however much room there is
+        bar = axes.figure.colorbar(image, cax=axes.inset_axes((1.03, 0.0, 0.03, 1.0)), extend=extend)
+    else:
+        bar = axes.figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.9, extend=extend)
     bar.set_label(label)
     (bar.ax.yaxis if wide else bar.ax.xaxis).set_major_locator(MaxNLocator(4))
     limits_drawn = (axes.get_xlim(), axes.get_ylim())
@@ -371,58 +370,58 @@ def _series(axes: Axes, series: Series, label: str) -> None:
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired comparison.
+    """A paired comparison, as `climax-elevation compare` has it.
 
     Attributes:
-        variant, against: What is compared with what.
-        percent: Difference in per cent of the counterpart's score.
-        low, high: Its 95% interval.
-        p_holm: Corrected for the number of comparisons.
+        variant, counterpart: What is compared with what.
+        value: Of the difference.
         seeds: How many pairs.
+        interval: Over seeds; NaN where there is none.
+        time_interval: Over time; likewise.
+        verdict: "better", "worse", or that it is neither.
     """
 
     variant: str
-    against: str
-    percent: float
-    low: float
-    high: float
-    p_holm: float
+    counterpart: str
+    value: float
     seeds: int
+    interval: tuple[float, float]
+    time_interval: tuple[float, float]
+    verdict: str
 
 
-SIGNIFICANT = 0.05  # of Holm's p
 LONGEST_NAME = 30  # characters a line
-ERRORS = ("rmse", "mse", "mae", "error", "loss")
+VERDICTS = {"better": BLUE, "worse": VERMILION}
 
 
-def forest_figure(differences: Sequence[Difference], metric: str, variable: str, of: str) -> Figure:
-    """Differences with their intervals, the lowest above; filled where Holm's p is below 0.05.
+def forest_figure(differences: Sequence[Difference], of: str, label: str) -> Figure:
+    """Differences with their intervals, the lowest above; filled where the verdict is clear.
 
     Args:
         differences: At least one.
-        metric: Of which score.
-        variable: Of what.
-        of: Part and stratum, in words.
+        of: What is compared, in words.
+        label: Of the axis, with the unit.
     """
-    ordered = sorted(differences, key=lambda each: each.percent, reverse=True)
-    error = any(word in metric.lower() for word in ERRORS)
+    ordered = sorted(differences, key=lambda each: each.value, reverse=True)
     with readable_fonts():
-        figure = new_figure(WIDTH_INCHES, 2.0 + 0.42 * len(ordered))
+        figure = new_figure(WIDTH_INCHES, 2.2 + 0.42 * len(ordered))
         axes = figure.subplots()
         for row, each in enumerate(ordered):
-            clear = each.p_holm < SIGNIFICANT
-            better = each.percent < 0 if error else each.percent > 0
-            colour = "0.45" if not clear else BLUE if better else VERMILION
-            axes.plot([each.low, each.high], [row, row], "-", color=colour, lw=2.5)
-            axes.plot(each.percent, row, "o", color=colour, ms=9, mfc=colour if clear else "white", mew=2)
+            colour = VERDICTS.get(each.verdict, "0.45")
+            axes.plot(each.time_interval, [row, row], "|-", color=colour, lw=1, ms=14, mew=1.5, label="over time")
+            # butt: round or projecting ends would make the interval longer
+            axes.plot(each.interval, [row, row], "-", color=colour, lw=3.5, solid_capstyle="butt", label="over seeds")
+            face = colour if each.verdict in VERDICTS else "white"
+            axes.plot(each.value, row, "o", color=colour, ms=9, mfc=face, mew=2, label=each.verdict)
         axes.axvline(0, color=BLACK, lw=1)
-        names = [textwrap.fill(f"{each.variant} vs {each.against}", LONGEST_NAME) for each in ordered]
+        names = [textwrap.fill(f"{each.variant} vs {each.counterpart}", LONGEST_NAME) for each in ordered]
         axes.set_yticks(range(len(ordered)), names)
         axes.set_ylim(-0.7, len(ordered) - 0.3)
-        sign = "below 0: smaller error" if error else "above 0: higher"
-        figure.supxlabel(f"difference in {metric} (% of the counterpart's; {sign})", fontsize=POINTS)
         axes.grid(axis="x", alpha=0.3)
+        figure.supxlabel(label, fontsize=POINTS)
         seeds = sorted({each.seeds for each in ordered})
-        counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-        figure.suptitle(f"{variable}, {of}\n95% intervals, {counted} seeds; filled: p < {SIGNIFICANT:g} (Holm)")
+        counted = " to ".join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))
+        figure.suptitle(
+            f"{of}\nthick: interval over seeds ({counted}), thin with ends: over time;\nfilled: clear after correction"
+        )
     return figure

@@ -244,8 +244,7 @@ def test_error_maps_hold_errors_their_difference_and_contours(runs, run):
     np.testing.assert_array_equal(second, error.values - theirs.values)
     contours = [part for axes in figure.axes for part in axes.get_children() if isinstance(part, ContourSet)]
     assert list(contours[0].levels) == [1000, 2000, 3000]
-    labels = [axes.get_ylabel() for axes in figure.axes]
-    assert "RMSE (K)" in labels
+    assert "RMSE (K)" in [text.get_text() for text in figure.findobj(Text)]
     check_readable(figure)
 
 
@@ -263,13 +262,17 @@ def test_trajectories_hold_the_record(runs):
     check_readable(figure)
 
 
-COMPARED = """variant,against,part,variable,metric,stratum,difference,low,high,p_holm,seeds
-physics,none,test,tracer,w_rmse,all,-1.5,-3.5,0.5,0.2,5
-ridge,none,test,tracer,w_rmse,all,-4.0,-5.0,-3.0,0.001,5
-multiplicative,none,test,tracer,w_rmse,all,3.0,1.0,5.0,0.03,5
-a very long name of a sum of biases+advection+ridge,advection,test,tracer,w_rmse,all,-2.0,-3.0,-1.0,0.02,5
-ridge,none,test,tracer,acc,all,4.0,3.0,5.0,0.01,5
-ridge,none,test,tracer,w_rmse,lee,-6.0,-7.0,-5.0,0.001,5
+COLUMNS = "variant,counterpart,part,metric,variable,stratum,seeds,difference,low,high,p,p_holm,time_low,time_high,"
+COLUMNS += "percent,percent_low,percent_high,percent_time_low,percent_time_high,verdict"
+LONG = "a very long name of a sum of biases+advection+ridge"
+COMPARED = f"""{COLUMNS}
+physics,none,test,rmse_standardised,mean,all,5,-.01,-.03,.01,.2,.2,,,-1.5,-3.5,0.5,,,no difference found
+ridge,none,test,rmse_standardised,mean,all,5,-.04,-.05,-.03,.1,.1,-.05,-.02,-4.0,-5.0,-3.0,-4.5,-2.5,better
+multiplicative,none,test,rmse_standardised,mean,all,5,.03,.01,.05,.03,.03,,,3.0,1.0,5.0,,,worse
+{LONG},advection,test,rmse_standardised,mean,all,5,-.02,-.03,-.01,.02,.02,,,-2.0,-3.0,-1.0,,,better
+ridge,none,test,skill_persistence,mean,all,5,0.04,0.03,0.05,.01,.01,0.02,0.06,,,,,,better
+ridge,none,test,rmse,tracer,lee,5,-.06,-.07,-.05,.001,.001,,,-6.0,-7.0,-5.0,,,better
+ridge,none,test,rmse,tracer,windward,1,-.06,,,,,,,-6.0,,,,,one seed: no interval
 """
 
 
@@ -279,29 +282,36 @@ def compared(tmp_path):
     return tmp_path
 
 
+def labelled(axes, label):
+    return [line for line in axes.get_lines() if line.get_label() == label]
+
+
 def test_a_forest_holds_the_differences(compared):
-    figure = pictures.forest(compared, metric="w_rmse", stratum="all")
+    figure = pictures.forest(compared)
     (axes,) = figure.axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names[0] == "multiplicative vs none"
     assert names[-1] == "ridge vs none"
-    intervals = [
-        line.get_xdata() for line in axes.get_lines() if line.get_linestyle() == "-" and line.get_linewidth() > 2
-    ]
-    assert [tuple(interval) for interval in intervals] == [(1.0, 5.0), (-3.5, 0.5), (-3.0, -1.0), (-5.0, -3.0)]
+    intervals = [tuple(line.get_xdata()) for line in labelled(axes, "over seeds")]
+    assert intervals == [(1.0, 5.0), (-3.5, 0.5), (-3.0, -1.0), (-5.0, -3.0)]
+    assert tuple(labelled(axes, "over time")[-1].get_xdata()) == (-4.5, -2.5)
     points = [line for line in axes.get_lines() if line.get_marker() == "o"]
     assert [point.get_xdata()[0] for point in points] == [3.0, -1.5, -2.0, -4.0]
     assert [point.get_color() for point in points] == [plots.VERMILION, "0.45", plots.BLUE, plots.BLUE]
     assert [point.get_markerfacecolor() == "white" for point in points] == [False, True, False, False]
-    assert "below 0: smaller error" in figure.get_supxlabel()
+    assert figure.get_supxlabel() == "difference in rmse_standardised (% of the counterpart's; below 0: smaller error)"
     check_readable(figure)
 
 
-def test_of_a_skill_more_is_better(compared):
-    figure = pictures.forest(compared / "differences.csv", metric="acc", stratum="all")
-    (point,) = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
-    assert point.get_color() == plots.BLUE
-    assert "smaller error" not in figure.get_supxlabel()
+def test_a_skill_has_no_per_cent_and_one_seed_no_interval(compared):
+    figure = pictures.forest(compared / "differences.csv", metric="skill_persistence")
+    assert tuple(labelled(figure.axes[0], "over seeds")[0].get_xdata()) == (0.03, 0.05)
+    assert "(dimensionless; above 0: better)" in figure.get_supxlabel()
+    figure = pictures.forest(compared, metric="rmse", stratum="windward")
+    (point,) = labelled(figure.axes[0], "one seed: no interval")
+    assert point.get_markerfacecolor() == "white"
+    assert np.isnan(labelled(figure.axes[0], "over seeds")[0].get_xdata()).all()
+    check_readable(figure)
 
 
 def drawn_at(lat, lon, values, point):
@@ -401,8 +411,7 @@ def test_every_kind_as_png_and_pdf(runs, tmp_path, capsys, arguments):
 
 def test_a_forest_by_the_command(compared, capsys):
     out = compared / "forest"
-    options = ["--metric", "w_rmse", "--stratum", "all", "--out", str(out)]
-    assert main(["plot", "forest", str(compared), *options]) == 0
+    assert main(["plot", "forest", str(compared), "--metric", "rmse", "--stratum", "lee", "--out", str(out)]) == 0
     assert capsys.readouterr().out.split() == [f"{out}.png", f"{out}.pdf"]
 
 
@@ -422,7 +431,7 @@ def test_a_forest_by_the_command(compared, capsys):
         (["errors", "physics", "--variable", "snow"], "unknown variable 'snow'; choose one of '2m_temperature'"),
         (["parameters", "none"], "bias.csv is drawn, and"),
         (["forest", "none"], "differences.csv is drawn, and"),
-        (["forest", "physics/bias.csv"], "is no result of compare: it lacks variant, against"),
+        (["forest", "physics/bias.csv"], "is no result of compare: it lacks variant, counterpart"),
     ],
 )
 def test_mistakes_are_a_sentence(runs, tmp_path, capsys, arguments, sentence):
@@ -437,9 +446,8 @@ def test_mistakes_are_a_sentence(runs, tmp_path, capsys, arguments, sentence):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({}, "has several values of metric: choose with --metric one of acc, w_rmse"),
-        ({"metric": "w_rmse"}, "has several values of stratum: choose with --stratum one of all, lee"),
-        ({"metric": "rmsee"}, "has no metric 'rmsee'; it has acc, w_rmse"),
+        ({"metric": "rmse"}, "has several values of stratum: choose with --stratum one of lee, windward"),
+        ({"metric": "rmsee"}, "has no metric 'rmsee'; it has rmse, rmse_standardised, skill_persistence"),
         ({"part": "val"}, "has no part 'val'; it has test"),
     ],
 )
