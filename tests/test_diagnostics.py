@@ -18,7 +18,15 @@ from torch import nn
 from climax_elevation import Attention3D, InputError, PhysicsBias, biased_attention
 from climax_elevation.block import BiasedAttention
 from climax_elevation.cli import main
-from climax_elevation.diagnostics import INTERVENTIONS, BiasMonitor, assess, effects, intervention, read_record
+from climax_elevation.diagnostics import (
+    INTERVENTIONS,
+    BiasMonitor,
+    assess,
+    effects,
+    intervention,
+    open_run,
+    read_record,
+)
 from climax_elevation.diagnostics import strength as module
 from climax_elevation.diagnostics.interventions import ScaledBias
 from climax_elevation.diagnostics.strength import Seen, logits_and_bias, measure, row_step
@@ -350,9 +358,9 @@ BIASES = {
 @pytest.mark.parametrize("name", INTERVENTIONS)
 @pytest.mark.parametrize("bias_type", BIASES)
 def test_an_intervention_acts_and_leaves_no_trace(root, bias_type, name):
-    model, _, batch = ready(root, bias_type=bias_type, blocks="all", **BIASES[bias_type])
-    before = forecast(model, batch)
+    model, _, batch = ready(root, bias_type=bias_type, blocks="all", engine="tiled", **BIASES[bias_type])
     objects = dict(model.named_modules())
+    before = forecast(model, batch)
     paths = [part._paths for part in model.modules() if hasattr(part, "_paths")]
 
     def fails_while_it_lasts():
@@ -369,6 +377,7 @@ def test_an_intervention_acts_and_leaves_no_trace(root, bias_type, name):
     assert torch.equal(forecast(model, batch), before)
     after = dict(model.named_modules())
     assert objects.keys() == after.keys()
+    assert {block.attn.engine for block in model.blocks} == {"tiled"}
     assert all(after[place] is part for place, part in objects.items())
     assert all(a is b for a, b in zip(paths, (p._paths for p in after.values() if hasattr(p, "_paths")), strict=True))
     assert not model.terrain._forward_hooks
@@ -472,7 +481,10 @@ def run_of(host, root, folder, request, monkeypatch):
         request.getfixturevalue("no_climax")
     monitor = "--trainer.callbacks+=climax_elevation.diagnostics.BiasMonitor"
     given = training(
-        root, f"--trainer.default_root_dir={folder}", monitor, "--model.net.init_args.bias_args={alpha_init: 2.0}"
+        root,
+        f"--trainer.default_root_dir={folder}",
+        monitor,
+        "--model.net.init_args.bias_args={alpha_init: 2.0, engine: dense}",
     )
     assert main(given) == 0
     return folder
@@ -492,6 +504,8 @@ def test_doctor_examines_a_run_of_train(root, tmp_path, request, monkeypatch, ca
     assert value.parameter == "elevation_alpha"
     moved = shutil.copytree(root, tmp_path / "moved")
     assert main(["doctor", str(run), "--part", "test", "--data", str(moved)]) == 0
+    with open_run(run) as opened:
+        assert opened.module.net.blocks[0].attn.engine == "auto"
     check_mistakes(run, tmp_path, capsys)
 
 

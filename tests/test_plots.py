@@ -456,6 +456,13 @@ def test_what_a_forest_is_of_has_to_be_clear(compared, options, sentence):
         pictures.forest(compared, **options)
 
 
+@pytest.mark.parametrize("kind", ["bias", "attention", "transect", "errors", "parameters", "forest"])
+def test_every_kind_has_help(capsys, kind):
+    with pytest.raises(SystemExit, match="0"):
+        main(["plot", kind, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: climax-elevation plot {kind}")
+
+
 def test_an_unknown_kind_lists_the_known(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["plot", "globe", "run"])

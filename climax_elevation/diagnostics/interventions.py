@@ -75,8 +75,15 @@ class ScaledBias(ElevationBias):
 @contextmanager
 def scaled_bias(model: nn.Module, factor: float) -> Iterator[None]:
     """Every bias of `model` is `factor` times itself; parameters are the same objects, and untouched."""
+    engines = {block: block.attn.engine for block in terrain_blocks(model).values()}
     with _other_biases(model, lambda bias: ScaledBias(bias, factor)):
-        yield
+        try:
+            for block in engines:
+                block.attn.engine = "auto"  # an engine made for some biases does not take this one
+            yield
+        finally:
+            for block, engine in engines.items():
+                block.attn.engine = engine
 
 
 @contextmanager

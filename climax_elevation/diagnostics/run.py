@@ -136,6 +136,9 @@ def _classes(config: dict[str, Any], climax: Path | None) -> Iterator[tuple[type
 def _build(module_class: type, datamodule_class: type, config: dict[str, Any]) -> tuple[LightningModule, Any]:
     from pytorch_lightning.cli import LightningArgumentParser
 
+    bias_args = config["model"]["net"].get("init_args", {}).get("bias_args")
+    if bias_args:
+        bias_args["engine"] = "auto"  # what the run asked for may not work on this machine
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(module_class, "model")
     parser.add_lightning_class_args(datamodule_class, "data")
