@@ -44,11 +44,15 @@ class BiasedAttention(nn.Module):
 
     def forward(self, x: Tensor, bias_inputs: Tensors) -> Tensor:
         """softmax(q k^T * scale + b) v of tokens `[B, L, D]`; `bias_inputs` are `bias.forward`'s arguments."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = (self._part("q_norm", q).to(v.dtype), self._part("k_norm", k).to(v.dtype))
+        q, k, v = self.project(x)
         x = self._attend(q, k, v, bias_inputs, self.attn_drop.p if self.training else 0.0)
         x = self._part("norm", x.transpose(1, 2).flatten(2))
         return self.proj_drop(self.proj(x))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens `[B, L, D]`, each `[B, heads, L, D / heads]`."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self._part("q_norm", q).to(v.dtype), self._part("k_norm", k).to(v.dtype), v
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias_inputs: Tensors, dropout_p: float) -> Tensor:
         return biased_attention(

@@ -6,10 +6,17 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from climax_elevation.errors import InputError
 from climax_elevation.upstream.launch import MODULES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from climax_elevation.diagnostics import Run
 
 INTERRUPTED = 130  # what a shell returns for a program that was stopped by Ctrl-C
 
@@ -111,9 +118,62 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--variants", nargs="+", metavar="NAME", help="only these, and the baseline")
     compare.set_defaults(run=_compare)
 
-    doctor = commands.add_parser("doctor", help="print versions, what is installed, and what is wrong")
+    plot = commands.add_parser("plot", help="draw a run or a comparison, as PNG and PDF")
+    _add_kinds(plot.add_subparsers(dest="kind", required=True, metavar="KIND"))
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="print versions, what is installed, and what is wrong; or whether a run's bias is alive",
+        description="Without RUN: versions, what is installed, and what is wrong. With RUN: whether the bias that was "
+        "trained there is alive, and how the error changes with elevation zeroed or permuted, wind reversed, and the "
+        "bias times 0, 0.5 and 2.",
+    )
+    doctor.add_argument("folder", nargs="?", type=Path, metavar="RUN", help="folder of a run of train")
+    _add_run_options(doctor)
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_kinds(kinds: Any) -> None:
+    """One parser for each kind of picture."""
+    helps = {
+        "bias": "the bias seen from a place, on maps of the terrain",
+        "attention": "a place's attention without and with the bias",
+        "transect": "terrain, bias and attention along the line between two places",
+        "errors": "where a run errs, over the terrain; with --against, where more or less than another run",
+        "parameters": "alpha, beta and their gradients over training, as BiasMonitor recorded them",
+        "forest": "the differences that compare found, with their intervals",
+    }
+    parsers = {name: kinds.add_parser(name, help=text, description=text) for name, text in helps.items()}
+    for name, parser in parsers.items():
+        what = "of a comparison, or its differences.csv" if name == "forest" else "of a run of train"
+        parser.add_argument("folder", type=Path, metavar="RUN", help=f"folder {what}")
+        parser.add_argument("--out", type=Path, default=Path(name), metavar="PATH", help=f"without suffix ({name})")
+        parser.set_defaults(run=_plot)
+    for name in ("bias", "attention", "transect"):
+        parser = parsers[name]
+        where = "of the place, degrees" + ("" if name == "transect" else " (default: the steepest rise)")
+        for axis in ("lat", "lon"):
+            parser.add_argument(f"--{axis}", type=float, required=name == "transect", metavar="DEGREES", help=where)
+        parser.add_argument("--sample", type=int, default=0, metavar="N", help="number of the forecast (default: 0)")
+        parser.add_argument("--block", type=int, metavar="N", help="which block (default: the first with a bias)")
+        parser.add_argument("--head", type=int, metavar="N", help="which head (default: the mean of all)")
+    for axis in ("lat", "lon"):
+        parsers["transect"].add_argument(f"--to-{axis}", type=float, required=True, metavar="DEGREES", help="its end")
+    parsers["errors"].add_argument("--against", type=Path, metavar="RUN", help="folder of another run of the same data")
+    for name in ("bias", "attention", "transect", "errors"):
+        _add_run_options(parsers[name])
+    for name in ("errors", "forest"):
+        parsers[name].add_argument("--variable", metavar="NAME", help="which variable")
+    for option in ("part", "metric", "stratum"):
+        parsers["forest"].add_argument(f"--{option}", metavar="NAME", help=f"which {option}")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--part", default="val", metavar="PART", help="of the data: val or test (default: val)")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="which (default: the only one, or last.ckpt)")
+    parser.add_argument("--data", type=Path, metavar="ROOT", help="folder of shards (default: the run's)")
+    parser.add_argument("--climax", type=Path, metavar="PATH", help="a checkout of ClimaX, for a run of ClimaX itself")
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> None:
@@ -167,7 +227,55 @@ def _units(pairs: list[str]) -> dict[str, str]:
     return units
 
 
+def _plot(options: argparse.Namespace, _: list[str]) -> None:
+    try:
+        from climax_elevation import plots
+    except ImportError as error:
+        raise InputError(
+            "pictures are drawn with matplotlib, which is not installed: pip install 'climax-elevation[plot]'"
+        ) from error
+    for file in plots.save(_figure(options), options.out.parent / options.out.name.removesuffix(".png")):
+        print(file)
+
+
+def _figure(options: argparse.Namespace) -> Figure:
+    from climax_elevation import pictures
+
+    if options.kind == "parameters":
+        return pictures.parameters(options.folder)
+    if options.kind == "forest":
+        chosen = {name: getattr(options, name) for name in pictures.USUAL}
+        return pictures.forest(options.folder, **chosen)
+    with _opened(options, options.folder) as run:
+        if options.kind == "errors":
+            names = (options.folder.name, None if options.against is None else options.against.name)
+            with nullcontext() if options.against is None else _opened(options, options.against) as other:
+                return pictures.errors(run, other, part=options.part, variable=options.variable, names=names)
+        seen = {name: getattr(options, name) for name in ("part", "sample", "block", "head")}
+        place = (options.lat, options.lon)
+        if options.kind == "transect":
+            return pictures.across(run, place, (options.to_lat, options.to_lon), **seen)
+        if place.count(None) == 1:
+            raise InputError("a place has a latitude and a longitude: give both --lat and --lon")
+        draw = {"bias": pictures.bias, "attention": pictures.attention}[options.kind]
+        return draw(run, None if None in place else place, **seen)
+
+
+def _opened(options: argparse.Namespace, folder: Path) -> AbstractContextManager[Run]:
+    from climax_elevation.diagnostics import open_run
+
+    # a checkpoint is of one run
+    checkpoint = options.checkpoint if folder == options.folder else None
+    return open_run(folder, checkpoint=checkpoint, root_dir=options.data, climax=options.climax)
+
+
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
+    if options.folder is not None:
+        from climax_elevation.diagnostics import examine
+
+        with _opened(options, options.folder) as run:
+            print(examine(run, options.part))
+        return 0
     from climax_elevation.doctor import doctor, render, status
 
     findings = doctor()

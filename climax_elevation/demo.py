@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from climax_elevation.bias import ElevationBias
 from climax_elevation.data.altitude import ElevationMap, region_elevation
 from climax_elevation.data.shards import GlobalForecastDataModule
+from climax_elevation.diagnostics.view import Field
 from climax_elevation.errors import InputError
 from climax_elevation.experiment import (
     DataSettings,
@@ -208,55 +209,29 @@ def _bias_of_one_patch(
 
 
 def _draw(report: DemoReport, floor: Floor, bias: NDArray[np.float32], patch: tuple[int, int]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from climax_elevation.plots import new_figure, readable_fonts
 
-    # by hand, not through pyplot: a user's own figures and backend stay as they are
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    FigureCanvasAgg(figure)
-    ground = report.ground
-    panels = figure.subplot_mosaic([["terrain", "bias"], ["errors", "errors"]])
-    _map(panels["terrain"], ground, ground.elevation_m, "Terrain", "elevation (m)", "cividis")
-    low, high = min(float(bias.min()), 0.0), max(float(bias.max()), 0.0)
-    limit = max(-low, high) or 1.0
-    colours, limits = ("PuOr", (-limit, limit)) if high > 0 else ("Purples_r", (-limit, 0.0))
-    _map(
-        panels["bias"],
-        ground,
-        bias,
-        "Learned bias of the patch at the cross, for reading\nfrom each other; mean of heads (lines: 1000 and 3000 m)",
-        "added to attention logits (dimensionless)",
-        colours,
-        limits,
-    )
-    panels["bias"].contour(ground.lon, ground.lat, ground.elevation_m, [1000, 3000], colors="0.25", linewidths=0.8)
-    lat = ground.lat[patch[0] * MODEL.patch_size] + (MODEL.patch_size - 1) / 2 * ground.lat_step
-    lon = ground.lon[patch[1] * MODEL.patch_size] + (MODEL.patch_size - 1) / 2 * ground.lon_step
-    for name in ("terrain", "bias"):
-        panels[name].plot(lon, lat, "x", color="#d55e00", markersize=12, markeredgewidth=3)
-    _curves(panels["errors"], report, floor)
-    figure.suptitle(f"Simulated tracer over real terrain: {report.region}, {report.hours} h ahead", fontsize=16)
-    figure.savefig(report.picture, dpi=120)
+    with readable_fonts():
+        figure = new_figure(12, 9)
+        panels = figure.subplot_mosaic([["terrain", "bias"], ["errors", "errors"]])
+        _maps(panels["terrain"], panels["bias"], report.ground, bias, patch)
+        _curves(panels["errors"], report, floor)
+        figure.suptitle(f"Simulated tracer over real terrain: {report.region}, {report.hours} h ahead", fontsize=16)
+        figure.savefig(report.picture, dpi=120)
 
 
-def _map(
-    axes: Axes,
-    ground: ElevationMap,
-    values: NDArray[np.floating],
-    title: str,
-    label: str,
-    colours: str,
-    limits: tuple[float, float] | None = None,
+def _maps(
+    terrain: Axes, learned: Axes, ground: ElevationMap, bias: NDArray[np.float32], patch: tuple[int, int]
 ) -> None:
-    half_lat, half_lon = ground.lat_step / 2, ground.lon_step / 2
-    edges = (ground.lon[0] - half_lon, ground.lon[-1] + half_lon, ground.lat[0] - half_lat, ground.lat[-1] + half_lat)
-    low, high = limits or (None, None)
-    image = axes.imshow(values, origin="lower", extent=edges, cmap=colours, vmin=low, vmax=high)
-    axes.set_title(title, fontsize=14)
-    axes.set_xlabel("longitude (degrees east)", fontsize=12)
-    axes.set_ylabel("latitude (degrees north)", fontsize=12)
-    bar = axes.figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.9)
-    bar.set_label(label, fontsize=12)
+    from climax_elevation.plots import BIAS_LABEL, bias_colours, draw_map, mark
+
+    lat, lon = (axis.reshape(n, -1).mean(axis=1) for axis, n in zip((ground.lat, ground.lon), bias.shape, strict=True))
+    field = Field(ground.lat, ground.lon, ground.elevation_m)
+    draw_map(terrain, field, "Terrain", "elevation (m)", "cividis")
+    title = "Learned bias of the patch at the cross, for reading\nfrom each other; mean of heads (lines: elevation)"
+    draw_map(learned, Field(lat, lon, bias), title, BIAS_LABEL, *bias_colours(bias), field)
+    for axes in (terrain, learned):
+        mark(axes, lat[patch[0]], lon[patch[1]])
 
 
 def _curves(axes: Axes, report: DemoReport, floor: Floor) -> None:

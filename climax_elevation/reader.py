@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,22 @@ class TerrainReader(nn.Module):
         if self.patch_order == "wind_as_published":
             arguments[0]["positions"] = self.position_embedding[0][:, terrain.ids]
         return arguments
+
+    @contextmanager
+    def replaced(self, change: Callable[[Terrain], Terrain]) -> Iterator[None]:
+        """Hand on `change(terrain)` in the place of each terrain read.
+
+        Biases are prepared for the changed ground at the next forward, without keeping that on disk; what
+        was prepared before has to be put back with the biases themselves.
+        """
+        prepared, cache_dir = self._prepared, self.cache_dir
+        hook = self.register_forward_hook(lambda _, __, terrain: change(terrain))
+        try:
+            self._prepared, self.cache_dir = False, None
+            yield
+        finally:
+            hook.remove()
+            self._prepared, self.cache_dir = prepared, cache_dir
 
     @torch.compiler.disable
     def _prepare(self, blocks: Iterable[nn.Module], whole: Terrain) -> None:

@@ -1,4 +1,4 @@
-"""What a Lightning run owes the terrain: units from its data module, and scalars that are not decayed."""
+"""What a Lightning run owes the terrain: units from its data module, and how its scalars are trained."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from climax_elevation.bias import ElevationBias
+from climax_elevation.checks import positive
 from climax_elevation.errors import InputError
 from climax_elevation.reader import TerrainReader
 
@@ -27,32 +28,102 @@ class TerrainCallback(Callback):
     without weight decay, and says at the end how far each scalar moved. Where the flag is off it does
     nothing.
 
+    Args:
+        lr_factor: The biases' parameters learn at the run's learning rate times this, all along its schedule.
+
     Raises:
-        InputError: If sources that are mixed standardise a channel differently that the bias reads, if
-            what the data module says disagrees with the config or the checkpoint, or if an optimiser
-            has no group without weight decay.
+        InputError: If lr_factor is not above 0, if sources that are mixed standardise a channel differently
+            that the bias reads, if what the data module says disagrees with the config or the checkpoint,
+            or if an optimiser has no group without weight decay, or no learning rates of its groups.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lr_factor: float = 1.0) -> None:
+        self.lr_factor = positive("lr_factor", lr_factor, "times the learning rate")
         self._started: dict[str, float] = {}
+        self._own_rates: list[OwnRate] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         datamodule = getattr(trainer, "datamodule", None)
-        for reader in _readers(pl_module):
-            if datamodule is not None:
-                _read_datamodule(reader, datamodule)
+        if datamodule is not None:
+            read_datamodule(pl_module, datamodule)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # before the optimiser's state is restored, which has to find the same groups again
-        parameters = _bias_parameters(pl_module)
+        parameters = bias_parameters(pl_module)
         for optimizer in trainer.optimizers:
             exempt_from_decay(optimizer, list(parameters.values()))
+            if self.lr_factor != 1 and parameters:
+                self._own_rates.append(OwnRate(optimizer, list(parameters.values()), self.lr_factor))
         self._started = _scalars(parameters)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # perhaps in the middle of a step, and a checkpoint may still be written
+        self._end_own_rates()
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        now = _scalars(_bias_parameters(pl_module))
+        self._end_own_rates()
+        now = _scalars(bias_parameters(pl_module))
         for name, start in self._started.items():
             logger.info("terrain: %s moved from %.6g to %.6g", name, start, now[name])
+
+    def _end_own_rates(self) -> None:
+        for own_rate in self._own_rates:
+            own_rate.remove()
+        self._own_rates.clear()
+
+
+class OwnRate:
+    """Some parameters learn at `factor` times the learning rate of their optimiser's groups.
+
+    They form groups of their own while the optimiser steps, and only then: schedules, which know the groups
+    that there were when they were made, and checkpoints never see these.
+
+    Args:
+        optimizer: Takes the learning rate of each step from its groups.
+        parameters: Those that are not its own are ignored.
+        factor: Above 0.
+
+    Raises:
+        InputError: If the optimiser is L-BFGS, which has one learning rate for all.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: list[nn.Parameter], factor: float) -> None:
+        if isinstance(optimizer, LBFGS):
+            raise InputError("L-BFGS has one learning rate for all parameters: leave out lr_factor")
+        self.optimizer = optimizer
+        self.factor = factor
+        self._ids = {id(parameter) for parameter in parameters}
+        self._whole: list[tuple[dict[str, Any], list[nn.Parameter]]] = []
+        self._hooks = [
+            optimizer.register_step_pre_hook(lambda *_: self._split()),
+            optimizer.register_step_post_hook(lambda *_: self._join()),
+        ]
+
+    def remove(self) -> None:
+        """Leave the optimiser as it was found."""
+        self._join()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _split(self) -> None:
+        self._whole = [(group, group["params"]) for group in self.optimizer.param_groups]
+        groups = []
+        for group, parameters in self._whole:
+            own = [parameter for parameter in parameters if id(parameter) in self._ids]
+            if own:
+                groups.append({**group, "params": own, "lr": group["lr"] * self.factor})
+                group["params"] = [parameter for parameter in parameters if id(parameter) not in self._ids]
+            if group["params"]:
+                groups.append(group)
+        self.optimizer.param_groups[:] = groups
+
+    def _join(self) -> None:
+        if not self._whole:
+            return
+        for group, parameters in self._whole:
+            group["params"] = parameters
+        self.optimizer.param_groups[:] = [group for group, _ in self._whole]
+        self._whole = []
 
 
 def exempt_from_decay(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
@@ -78,11 +149,14 @@ def exempt_from_decay(optimizer: Optimizer, parameters: list[nn.Parameter]) -> N
         spared[0]["params"].extend(decayed)
 
 
-def _readers(module: nn.Module) -> list[TerrainReader]:
-    return [part for part in module.modules() if isinstance(part, TerrainReader)]
+def read_datamodule(module: nn.Module, datamodule: Any) -> None:
+    """Give the terrain readers of `module` the statistics and the grid of a ClimaX data module."""
+    for part in module.modules():
+        if isinstance(part, TerrainReader):
+            _read(part, datamodule)
 
 
-def _bias_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def bias_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The biases' parameters, by their name in the model."""
     return {
         f"{place}.{name}": parameter
@@ -96,7 +170,7 @@ def _scalars(parameters: dict[str, nn.Parameter]) -> dict[str, float]:
     return {name: parameter.item() for name, parameter in parameters.items() if parameter.numel() == 1}
 
 
-def _read_datamodule(reader: TerrainReader, datamodule: Any) -> None:
+def _read(reader: TerrainReader, datamodule: Any) -> None:
     source = f"the data module {type(datamodule).__name__}"
     folder = datamodule.hparams.get("root_dir") if hasattr(datamodule, "hparams") else None
     if folder is not None and Path(folder).is_dir():

@@ -14,7 +14,7 @@ from climax_elevation import InputError
 from climax_elevation.data.shards import GlobalForecastDataModule, Normalize
 from climax_elevation.forecast import GlobalForecastModule
 from climax_elevation.host import StandInClimaX
-from climax_elevation.training import TerrainCallback, exempt_from_decay
+from climax_elevation.training import OwnRate, TerrainCallback, exempt_from_decay
 
 
 def net(**flags):
@@ -123,6 +123,140 @@ def test_an_optimizer_without_a_group_for_them_is_refused():
     with pytest.raises(InputError, match="no parameter group with weight_decay 0"):
         exempt_from_decay(optimizer, [alpha])
     exempt_from_decay(torch.optim.AdamW([alpha, other], weight_decay=0.0), [alpha])
+
+
+def quadratic(optimizer_class, factor=None, **options):
+    """Three parameters pulled towards 2 for five steps of a falling rate; the second at a rate of its own."""
+    torch.manual_seed(0)
+    weight, alpha, beta = (nn.Parameter(torch.randn(shape)) for shape in ((3,), (), (2,)))
+    if factor is None:
+        groups = [{"params": [weight]}, {"params": [alpha], "lr": 7 * 0.01}, {"params": [beta], "lr": 7 * 0.01}]
+        optimizer = optimizer_class(groups, lr=0.01, **options)
+    else:
+        optimizer = optimizer_class([{"params": [weight, alpha]}, {"params": [beta]}], lr=0.01, **options)
+        OwnRate(optimizer, [alpha, beta], factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for _ in range(5):
+        optimizer.zero_grad()
+        sum((parameter - 2).square().sum() for parameter in (weight, alpha, beta)).backward()
+        optimizer.step()
+        schedule.step()
+    return [weight, alpha, beta], optimizer
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.AdamW, {"weight_decay": 0.0}),
+        (torch.optim.RMSprop, {}),
+        (torch.optim.Adagrad, {}),
+    ],
+)
+def test_a_factor_is_a_group_with_its_own_learning_rate(optimizer_class, options):
+    by_hand, _ = quadratic(optimizer_class, **options)
+    ours, optimizer = quadratic(optimizer_class, factor=7, **options)
+    same_rate, _ = quadratic(optimizer_class, factor=1, **options)
+    assert all(torch.equal(a, b) for a, b in zip(by_hand, ours, strict=True))
+    assert torch.equal(ours[0], same_rate[0])
+    assert not torch.equal(ours[1], same_rate[1])
+    # a group whose parameters are all biases is there again, and so is every rate
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1]
+    assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.01 / 6)] * 2
+
+
+def test_one_step_of_plain_descent_by_hand():
+    """alpha - 0.1 * 5 * 2 (alpha - 3), at alpha = 1: 1 + 2 = 3; the weight 1 + 0.4."""
+    weight, alpha = nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([weight, alpha], lr=0.1)
+    OwnRate(optimizer, [alpha], 5)
+    ((weight - 3).square() + (alpha - 3).square()).backward()
+    optimizer.step()
+    assert (weight.item(), alpha.item()) == (pytest.approx(1.4), pytest.approx(3.0))
+
+
+def fitted(root, folder, callback, epochs=2, checkpoint=None, module_class=Decays, **options):
+    torch.manual_seed(1)
+    module = module_class(net(use_physics_mask=True, drop_path=0.0, drop_rate=0.0), warmup_epochs=1, max_epochs=9)
+    run = trainer(folder, callback, max_epochs=epochs, **options)
+    run.fit(module, datamodule=data(root), ckpt_path=checkpoint)
+    return module, run
+
+
+class OwnGroup(Decays):
+    """The same optimiser with a third group, at five times the rate."""
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        groups = configured["optimizer"].param_groups
+        own = list(self.net.blocks[0].attn.bias.parameters())
+        for group in groups:
+            group["params"] = [p for p in group["params"] if not any(p is other for other in own)]
+        groups = [*groups, {"params": own, "weight_decay": 0.0, "lr": 5 * groups[0]["lr"]}]
+        optimizer = torch.optim.AdamW([{k: v for k, v in g.items() if k != "initial_lr"} for g in groups], lr=1e-3)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_callbacks_factor_trains_as_a_group_of_its_own_does(tmp_path, accumulated):
+    source = tiny_data.write(tmp_path / "data")
+    options = {"accumulate_grad_batches": accumulated, "gradient_clip_val": 1.0}
+    ours, run = fitted(source, tmp_path, TerrainCallback(lr_factor=5), **options)
+    by_hand, _ = fitted(source, tmp_path, TerrainCallback(), module_class=OwnGroup, **options)
+    plain, _ = fitted(source, tmp_path, TerrainCallback(), **options)
+    for (name, one), other in zip(ours.named_parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    moved = [(m.net.blocks[0].attn.bias.elevation_alpha - 1).abs().item() for m in (ours, plain)]
+    assert moved[0] > 2 * moved[1] > 0
+    assert len(run.optimizers[0].param_groups) == 2
+    assert not run.optimizers[0]._optimizer_step_pre_hooks
+
+
+def test_a_factor_of_one_changes_nothing(tmp_path):
+    source = tiny_data.write(tmp_path / "data")
+    ours, _ = fitted(source, tmp_path, TerrainCallback(lr_factor=1))
+    plain, _ = fitted(source, tmp_path, TerrainCallback())
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_run_with_a_factor_resumes_as_if_it_had_not_stopped(tmp_path):
+    source = tiny_data.write(tmp_path / "data")
+    whole, _ = fitted(source, tmp_path, TerrainCallback(lr_factor=5))
+    _, first = fitted(source, tmp_path, TerrainCallback(lr_factor=5), epochs=1)
+    first.save_checkpoint(tmp_path / "1.ckpt")
+    resumed, _ = fitted(source, tmp_path, TerrainCallback(lr_factor=5), checkpoint=tmp_path / "1.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+class Fails(Decays):
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2:
+            raise RuntimeError("in the middle of a step")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_fails_leaves_the_groups_whole(tmp_path):
+    source = tiny_data.write(tmp_path / "data")
+    module = Fails(net(use_physics_mask=True), warmup_epochs=1, max_epochs=9)
+    run = trainer(tmp_path, TerrainCallback(lr_factor=5))
+    with pytest.raises(RuntimeError, match="in the middle"):
+        run.fit(module, datamodule=data(source))
+    groups = run.optimizers[0].param_groups
+    assert len(groups) == 2
+    assert sum(len(group["params"]) for group in groups) == len(list(module.parameters()))
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, float("nan"), float("inf"), "ten", True])
+def test_a_factor_is_a_number_above_zero(factor):
+    with pytest.raises(InputError, match="lr_factor is a"):
+        TerrainCallback(lr_factor=factor)
+
+
+def test_an_optimizer_with_one_rate_for_all_is_refused():
+    alpha = nn.Parameter(torch.ones(()))
+    with pytest.raises(InputError, match="L-BFGS has one learning rate"):
+        OwnRate(torch.optim.LBFGS([alpha]), [alpha], 2.0)
 
 
 class Mixed(LightningDataModule):
