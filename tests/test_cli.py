@@ -24,7 +24,7 @@ def run(*arguments, cwd=None, **environment):
     )
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "patch", "prepare", "compare", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "train", "patch", "prepare", "compare", "plot", "doctor"])
 def test_every_command_has_help(capsys, command):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
