@@ -23,16 +23,18 @@ import ast
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from climax_elevation.attention.tiles import SIDE, Gradient, Tiles, slices
+from climax_elevation.attention.threads import at_once, shares
+from climax_elevation.attention.tiles import SIDE, Gradient, Tiles, slices, twin
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, living, map_tensors
 from climax_elevation.errors import InputError
 
-BUFFER_HELD = 1 << 20  # numbers of a buffer of probabilities: 4 MB, some heads at once
+BUFFER_HELD = 1 << 19  # numbers of a buffer of probabilities: 2 MB, some heads at once
 MASK_HELD = 1 << 22  # numbers of the mask that the fused kernel is given
 
 
@@ -77,7 +79,9 @@ def _forward(
     out, logsumexp = torch.empty_like(v), q.new_empty(q.shape[:3])
     for samples, own in _terrains(q.shape[0], features):
         tiles = Tiles(living[handle], _nested(nesting, own))
-        _attend_tiled(tiles, q[samples], k[samples], v[samples], out[samples], logsumexp[samples], scale)
+        given, results = ([t[samples] for t in some] for some in ((q, k, v), (out, logsumexp)))
+        parts = shares(q.shape[2], SIDE, q.device)
+        at_once([partial(_attend_tiled, tiles, rows, given, results, scale) for rows in parts])
     return out, logsumexp
 
 
@@ -86,15 +90,16 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(v), q.new_empty(q.shape[:3])
 
 
-def _attend_tiled(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, scale: float) -> None:
-    """Attention of samples that share a bias, and its logsumexp, into `out` and `logsumexp`."""
-    tokens = q.shape[2]
-    at_once = max(tiles.width, MASK_HELD // (tiles.heads * SIDE))
-    for rows in slices(0, tokens, SIDE):
+def _attend_tiled(tiles: Tiles, part: slice, given: Sequence[Tensor], results: Sequence[Tensor], scale: float) -> None:
+    """Attention of a part of the queries, of samples that share a bias; its logsumexp is the second result."""
+    q, k, v = given
+    out, logsumexp = results
+    chunk = max(tiles.width, MASK_HELD // (tiles.heads * SIDE))
+    for rows in slices(part.start, part.stop, SIDE):
         merged: tuple[Tensor, Tensor] | None = None
-        for keys in slices(0, tokens, at_once):
-            part = _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], _mask(tiles, rows, keys), scale)
-            merged = part if merged is None else _merge(merged, part)
+        for keys in slices(0, k.shape[2], chunk):
+            found = _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], _mask(tiles, rows, keys), scale)
+            merged = found if merged is None else _merge(merged, found)
         assert merged is not None
         out[:, :, rows], logsumexp[:, :, rows] = merged
 
@@ -153,15 +158,14 @@ def _backward(
     of_parameters = {name: torch.zeros_like(parameter) for name, parameter in bias.named_parameters()}
     negative_logsumexp, negative_delta = -logsumexp, -(grad * out).sum(dim=-1)
     for samples, own in _terrains(q.shape[0], features):
-        tiles, gradient = Tiles(bias, _nested(nesting, own)), Gradient(bias, own, wanted)
         given = [t[samples] for t in (q, k, v, grad, negative_logsumexp, negative_delta)]
-        _gradients(tiles, gradient, given, [t[samples] for t in of_qkv], scale)
-        for name, part in gradient.parameters.items():
-            of_parameters[name] += part
-        for index, total in of_features.items():
-            found = gradient.features[index]
-            assert found is not None
-            total[samples if len(total) > 1 else slice(None)] += found
+        for gradient in _gradients(bias, _nested(nesting, own), wanted, given, [t[samples] for t in of_qkv], scale):
+            for name, part in gradient.parameters.items():
+                of_parameters[name] += part
+            for index, total in of_features.items():
+                found = gradient.features[index]
+                assert found is not None
+                total[samples if len(total) > 1 else slice(None)] += found
     return [*of_qkv, *of_features.values(), *of_parameters.values()]
 
 
@@ -204,30 +208,55 @@ class _Keys:
 
 
 def _gradients(
-    tiles: Tiles, gradient: Gradient, given: Sequence[Tensor], of_qkv: Sequence[Tensor], scale: float
-) -> None:
-    """Add the gradients of samples that share a bias to those of q, k and v, and to `gradient`.
+    bias: ElevationBias,
+    features: Tensors,
+    wanted: Sequence[int],
+    given: Sequence[Tensor],
+    of_qkv: Sequence[Tensor],
+    scale: float,
+) -> list[Gradient]:
+    """Add the gradients of samples that share a bias to those of q, k and v; the bias's come in parts.
 
-    `given` are q, k, v, the gradient of what came out, and -logsumexp and -delta.
+    `given` are q, k, v, the gradient of what came out, and -logsumexp and -delta. Each thread keeps its keys and
+    goes around the queries, one step behind the next: no two of them ever add to the same.
     """
+    parts = shares(given[0].shape[2], SIDE, given[0].device)
+    tiles = [Tiles(twin(bias), features) for _ in parts]
+    gradients = [Gradient(own.bias, list(leaves(features)), wanted) for own in tiles]
+    for step in range(len(parts)):
+        rows = parts[step:] + parts[:step]
+        work = zip(tiles, gradients, rows, parts, strict=True)
+        at_once([partial(_add_part, *own, given, of_qkv, scale) for own in work])
+    return gradients
+
+
+def _add_part(
+    tiles: Tiles,
+    gradient: Gradient,
+    queries: slice,
+    keys: slice,
+    given: Sequence[Tensor],
+    of_qkv: Sequence[Tensor],
+    scale: float,
+) -> None:
+    """Add the gradients of a part of the queries with a part of the keys."""
     q, k, v, grad, negative_logsumexp, negative_delta = given
     dq, dk, dv = of_qkv
-    tokens, heads = q.shape[2], q.shape[1]
     buffers = q.new_empty(2, max(BUFFER_HELD, SIDE * SIDE))
     side = min(SIDE, tiles.width)
-    for columns in slices(0, tokens, tiles.width):
+    for columns in slices(keys.start, keys.stop, tiles.width):
         parts = list(slices(columns.start, columns.stop, side))
-        keys = [_Keys(*(_joined(t, part) for t in (k, v, dk, dv))) for part in parts]
-        for rows in slices(0, tokens, SIDE):
+        held = [_Keys(*(_joined(t, part) for t in (k, v, dk, dv))) for part in parts]
+        for rows in slices(queries.start, queries.stop, SIDE):
             strip = _Strip(*(_joined(t, rows) for t in (q, grad, negative_logsumexp, negative_delta, dq)))
             b, derivative = tiles.differentiable(rows, columns, gradient)
             db = torch.zeros_like(b)
-            for part, some in zip(parts, keys, strict=True):
+            for part, some in zip(parts, held, strict=True):
                 at = _within(columns, part)
-                _add_tile(strip, some, b[:, :, at], db[:, :, at], heads, buffers, scale)
+                _add_tile(strip, some, b[:, :, at], db[:, :, at], q.shape[1], buffers, scale)
             gradient.add(derivative(db), rows, columns)
             dq[:, :, rows] = strip.dq.unflatten(0, q.shape[:2])
-        for part, some in zip(parts, keys, strict=True):
+        for part, some in zip(parts, held, strict=True):
             dk[:, :, part], dv[:, :, part] = (t.unflatten(0, k.shape[:2]) for t in (some.dk, some.dv))
 
 

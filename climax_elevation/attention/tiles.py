@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from torch.func import functional_call, vjp
 
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, map_tensors
 
-SIDE = 512  # queries of a tile, and keys of a tile of probabilities
+SIDE = 256  # queries of a tile, and keys of a tile of probabilities
 TILE_HELD = 1 << 21  # numbers that computing a tile of the bias holds: 8 MB, of the order of a processor's cache
 
 Found = tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
@@ -91,6 +92,18 @@ class Gradient:
         for place, side in ((rows, found[1]), (columns, found[2])):
             for total, part in zip(wanted, side, strict=True):
                 total[:, place] += part
+
+
+def twin(module: ElevationBias) -> ElevationBias:
+    """The same parameters and buffers in a module of its own, in which another thread may replace them."""
+    return _twin(module)  # type: ignore[return-value]
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    other = copy.copy(module)
+    other._parameters = module._parameters.copy()
+    other._modules = {name: child and _twin(child) for name, child in module._modules.items()}
+    return other
 
 
 def slices(start: int, stop: int, step: int) -> Iterator[slice]:

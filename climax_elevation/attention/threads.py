@@ -1,0 +1,40 @@
+"""Parts of a computation at once, each on a core of its own.
+
+Torch shares out every single operation among its threads. What one core has written another then reads, and
+between some cores that costs several times what computing it does. Here a core keeps what it works on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import torch
+
+
+def at_once(tasks: Sequence[Callable[[], None]]) -> None:
+    """Run tasks that do not write to the same memory, one a thread, without recording gradients."""
+    if len(tasks) == 1:
+        _run(tasks[0])
+        return
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(len(tasks), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for done in [pool.submit(_run, task) for task in tasks]:
+                done.result()
+    finally:
+        torch.set_num_threads(threads)  # threads that come later take over what was set last
+
+
+def _run(task: Callable[[], None]) -> None:
+    with torch.no_grad():  # a thread of its own records, whatever the one that started it does
+        task()
+
+
+def shares(tokens: int, side: int, device: torch.device) -> list[slice]:
+    """`tokens` in as many parts as there are cores to use, of whole tiles of `side`."""
+    tiles = -(-tokens // side)
+    parts = min(torch.get_num_threads(), tiles) if device.type == "cpu" else 1
+    edges = [min(tokens, tiles * part // parts * side) for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
