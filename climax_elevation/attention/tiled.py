@@ -35,7 +35,7 @@ from climax_elevation.bias.base import ElevationBias, Tensors, leaves, living, m
 from climax_elevation.errors import InputError
 
 BUFFER_HELD = 1 << 19  # numbers of a buffer of probabilities: 2 MB, some heads at once
-MASK_HELD = 1 << 22  # numbers of the mask that the fused kernel is given
+MASK_HELD = 1 << 21  # numbers of the mask that the fused kernel is given: 8 MB
 
 
 def tiled_attention(
@@ -94,20 +94,24 @@ def _attend_tiled(tiles: Tiles, part: slice, given: Sequence[Tensor], results: S
     """Attention of a part of the queries, of samples that share a bias; its logsumexp is the second result."""
     q, k, v = given
     out, logsumexp = results
-    chunk = max(tiles.width, MASK_HELD // (tiles.heads * SIDE))
+    chunk = min(k.shape[2], max(tiles.width, MASK_HELD // (tiles.heads * SIDE)))
+    buffer = q.new_empty(tiles.heads * SIDE * chunk)
     for rows in slices(part.start, part.stop, SIDE):
         merged: tuple[Tensor, Tensor] | None = None
         for keys in slices(0, k.shape[2], chunk):
-            found = _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], _mask(tiles, rows, keys), scale)
+            found = _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], _mask(tiles, rows, keys, buffer), scale)
             merged = found if merged is None else _merge(merged, found)
         assert merged is not None
         out[:, :, rows], logsumexp[:, :, rows] = merged
 
 
-def _mask(tiles: Tiles, rows: slice, keys: slice) -> Tensor:
+def _mask(tiles: Tiles, rows: slice, keys: slice, buffer: Tensor) -> Tensor:
     """The bias of these pairs, `[1, heads or 1, rows, keys]`, contiguous: older kernels ignore strides."""
-    parts = [tiles.values(rows, columns) for columns in slices(keys.start, keys.stop, tiles.width)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).contiguous()[None]
+    size = (1, tiles.heads, rows.stop - rows.start, keys.stop - keys.start)
+    mask = buffer[: math.prod(size)].view(size)
+    for columns in slices(keys.start, keys.stop, tiles.width):
+        mask[0, :, :, _within(keys, columns)] = tiles.values(rows, columns)
+    return mask
 
 
 def _within(whole: slice, part: slice) -> slice:
@@ -118,9 +122,7 @@ def _within(whole: slice, part: slice) -> slice:
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of some queries to some keys, and its logsumexp."""
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=mask.to(q.dtype), scale=scale
-        )
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
     logits = scale * (q @ k.transpose(-2, -1)) + mask
     return logits.softmax(dim=-1) @ v, logits.logsumexp(dim=-1)
 
@@ -153,10 +155,10 @@ def _backward(
     scale: float,
 ) -> list[Tensor]:
     bias = living[handle]
-    of_qkv = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     of_features = {index: torch.zeros_like(features[index]) for index in wanted}
     of_parameters = {name: torch.zeros_like(parameter) for name, parameter in bias.named_parameters()}
     negative_logsumexp, negative_delta = -logsumexp, -(grad * out).sum(dim=-1)
+    of_qkv = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     for samples, own in _terrains(q.shape[0], features):
         given = [t[samples] for t in (q, k, v, grad, negative_logsumexp, negative_delta)]
         for gradient in _gradients(bias, _nested(nesting, own), wanted, given, [t[samples] for t in of_qkv], scale):

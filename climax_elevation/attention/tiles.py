@@ -12,7 +12,7 @@ from torch.func import functional_call, vjp
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, map_tensors
 
 SIDE = 256  # queries of a tile, and keys of a tile of probabilities
-TILE_HELD = 1 << 21  # numbers that computing a tile of the bias holds: 8 MB, of the order of a processor's cache
+TILE_HELD = 1 << 20  # numbers that computing a tile of the bias holds: 4 MB
 
 Found = tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
 Derivative = Callable[[Tensor], Found]

@@ -34,7 +34,7 @@ class ElevationBias(nn.Module):
     needs: frozenset[str] = frozenset()
     """Optional fields of `Terrain` without which `inputs` cannot be made, such as `"speed"`."""
 
-    numbers_a_pair: int = 4
+    numbers_a_pair: int = 8
     """About how many numbers `pairwise` holds for each pair at once, by which engines choose their tiles."""
 
     handle: int

@@ -74,7 +74,7 @@ class RelativePositionBias3D(ElevationBias):
         self.log_spaced = true_or_false("log_spaced", log_spaced)
         if log_spaced and coords != "physical":
             raise InputError("log_spaced is an option of physical coordinates: set coords='physical', or leave it out")
-        self.numbers_a_pair = hidden_dim if coords == "physical" else 2 * num_heads
+        self.numbers_a_pair = hidden_dim if coords == "physical" else num_heads
         self.needs = frozenset({"lat", "lon"}) if coords == "physical" else frozenset()
         first, last = nn.Linear(3, count("hidden_dim", hidden_dim)), nn.Linear(hidden_dim, num_heads)
         if true_or_false("zero_init", zero_init):

@@ -1,0 +1,66 @@
+"""Parts of a computation on threads of their own, and what they leave behind."""
+
+import threading
+
+import pytest
+import torch
+from terrains import EVERY_BIAS, global_terrain, make
+from test_tiled import both, use_tiles
+
+from climax_elevation.attention.threads import at_once, shares
+from climax_elevation.attention.tiles import twin
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_shares_are_whole_tiles_in_order(three_threads):
+    cpu = torch.device("cpu")
+    assert shares(1000, 256, cpu) == [slice(0, 256), slice(256, 512), slice(512, 1000)]
+    assert shares(256, 256, cpu) == [slice(0, 256)]
+    assert shares(5, 2, cpu) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert shares(1000, 256, torch.device("cuda")) == [slice(0, 1000)]
+
+
+def test_tasks_run_on_one_thread_each_and_record_nothing(three_threads):
+    seen = []
+    at_once([lambda: seen.append((torch.get_num_threads(), torch.is_grad_enabled(), threading.get_ident()))] * 3)
+    assert [entry[:2] for entry in seen] == [(1, False)] * 3
+    assert torch.get_num_threads() == 3
+    later = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [3]
+    assert torch.is_grad_enabled()
+
+
+def test_an_error_comes_through_and_the_number_of_threads_is_as_before(three_threads):
+    with pytest.raises(ZeroDivisionError):
+        at_once([lambda: None, lambda: 1 // 0])
+    assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize("case", EVERY_BIAS)
+def test_three_threads_equal_dense_with_every_gradient(three_threads, monkeypatch, case):
+    """Tiles of one query and key at the least, so that each thread has many."""
+    use_tiles(monkeypatch, side=4, tile_held=200, buffer_held=100, mask_held=60)
+    terrain = global_terrain((5, 9), batch=2)
+    bias = make(case, terrain, num_heads=3)
+    for expected, got in zip(*both(bias, bias.inputs(terrain), 2, 3, 45), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_twin_shares_its_parameters_and_replaces_them_alone():
+    bias = make("sum of three", global_terrain())
+    other = twin(bias)
+    assert other is not bias
+    assert [id(p) for p in other.parameters()] == [id(p) for p in bias.parameters()]
+    before = bias.ridge.elevation_alpha
+    other.ridge.elevation_alpha = torch.nn.Parameter(torch.tensor(9.0))
+    assert bias.ridge.elevation_alpha is before
