@@ -15,14 +15,18 @@ import torch
 
 def at_once(tasks: Sequence[Callable[[], None]]) -> None:
     """Run tasks that do not write to the same memory, one a thread, without recording gradients."""
-    if len(tasks) == 1:
-        _run(tasks[0])
+    first, *others = tasks
+    if not others:
+        _run(first)
         return
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(len(tasks), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for done in [pool.submit(_run, task) for task in tasks]:
-                done.result()
+        with ThreadPoolExecutor(len(others), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            running = [pool.submit(_run, task) for task in others]
+            torch.set_num_threads(1)
+            _run(first)
+            for task in running:
+                task.result()
     finally:
         torch.set_num_threads(threads)  # threads that come later take over what was set last
 

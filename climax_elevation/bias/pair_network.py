@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HIDDEN_HELD = 1 << 20  # numbers of the hidden layer that are held: 4 MB
+HIDDEN_HELD = 1 << 19  # numbers of the hidden layer that are held: 2 MB
 
 _kept = threading.local()
 
