@@ -258,6 +258,7 @@ def _add_part(
                 _add_tile(strip, some, b[:, :, at], db[:, :, at], q.shape[1], buffers, scale)
             gradient.add(derivative(db), rows, columns)
             dq[:, :, rows] = strip.dq.unflatten(0, q.shape[:2])
+            del b, db, derivative  # before the next tile's are made
         for part, some in zip(parts, held, strict=True):
             dk[:, :, part], dv[:, :, part] = (t.unflatten(0, k.shape[:2]) for t in (some.dk, some.dv))
 
