@@ -176,15 +176,18 @@ def peak_here(options: argparse.Namespace) -> float:
         for each in (Shape(256, 1, shape.heads, shape.width), shape)
     ]
     variants[0].run()  # what is loaded at the first call is not attention's
-    variant = variants[1]
-    if options.device == "cuda":
+    return peak_of(variants[1])[1]
+
+
+def peak_of(variant: Variant) -> tuple[float, float]:
+    """Seconds of a run, and its peak memory over what was held before, MB."""
+    if variant.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        variant.run()
-        return torch.cuda.max_memory_allocated() / 1e6
+        return variant.run(), torch.cuda.max_memory_allocated() / 1e6
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     before = resident_mb("VmRSS")
-    variant.run()
-    return resident_mb("VmHWM") - before
+    seconds = variant.run()
+    return seconds, resident_mb("VmHWM") - before
 
 
 def resident_mb(field: str) -> float:
@@ -216,7 +219,6 @@ def machine(options: argparse.Namespace) -> dict[str, str | int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every-bias", action="store_true", help="every bias at 512 tokens")
-    parser.add_argument("--growth", action="store_true", help="each engine at 512 to 32768 tokens")
     parser.add_argument("--short", action="store_true", help="64 to 256 tokens: from where on 'tiled' is faster")
     parser.add_argument("--engines", nargs="+", default=["auto"], choices=["auto", *ENGINES])
     parser.add_argument("--tokens", nargs="+", type=int, help="only the shapes of these lengths")
@@ -232,7 +234,7 @@ def main() -> None:
         print(peak_here(options))
         return
     biases = list(cases() if options.every_bias else options.bias or MAIN)
-    shapes = GROWTH if options.growth else SHORT if options.short else SHAPES[:1] if options.every_bias else SHAPES
+    shapes = SHORT if options.short else SHAPES[:1] if options.every_bias else SHAPES
     rows = []
     for shape in [shape for shape in shapes if not options.tokens or shape.tokens in options.tokens]:
         labels = [(bias, engine) for bias in biases for engine in options.engines]

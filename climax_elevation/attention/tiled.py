@@ -34,7 +34,7 @@ from climax_elevation.attention.tiles import SIDE, Gradient, Tiles, slices, twin
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, living, map_tensors
 from climax_elevation.errors import InputError
 
-BUFFER_HELD = 1 << 19  # numbers of a buffer of probabilities: 2 MB, some heads at once
+BUFFER_HELD = 1 << 18  # numbers of a buffer of probabilities: 1 MB, some heads at once
 MASK_HELD = 1 << 21  # numbers of the mask that the fused kernel is given: 8 MB
 
 
@@ -157,7 +157,9 @@ def _backward(
     bias = living[handle]
     of_features = {index: torch.zeros_like(features[index]) for index in wanted}
     of_parameters = {name: torch.zeros_like(parameter) for name, parameter in bias.named_parameters()}
-    negative_logsumexp, negative_delta = -logsumexp, -(grad * out).sum(dim=-1)
+    negative_logsumexp, negative_delta = -logsumexp, torch.empty_like(logsumexp)
+    for rows in slices(0, q.shape[2], SIDE):  # lest the product of all be held
+        negative_delta[:, :, rows] = -(grad[:, :, rows] * out[:, :, rows]).sum(dim=-1)
     of_qkv = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     for samples, own in _terrains(q.shape[0], features):
         given = [t[samples] for t in (q, k, v, grad, negative_logsumexp, negative_delta)]
