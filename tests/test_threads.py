@@ -7,6 +7,7 @@ import torch
 from terrains import EVERY_BIAS, global_terrain, make
 from test_tiled import both, use_tiles
 
+from climax_elevation import biased_attention
 from climax_elevation.attention.threads import at_once, shares
 from climax_elevation.attention.tiles import twin
 
@@ -54,6 +55,22 @@ def test_three_threads_equal_dense_with_every_gradient(three_threads, monkeypatc
     bias = make(case, terrain, num_heads=3)
     for expected, got in zip(*both(bias, bias.inputs(terrain), 2, 3, 45), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_inference_mode_is_that_of_the_thread_that_asks(three_threads):
+    """As in Lightning's test loop: a tensor made in inference mode is written to by all threads."""
+    terrain = global_terrain((16, 32), batch=2)
+    bias = make("physics", terrain)
+    q, k, v = torch.randn(3, 2, 4, 512, 8).unbind(0)
+    expected = biased_attention(q, k, v, bias, bias.inputs(terrain), engine="dense")
+    with torch.inference_mode():
+        q, k, v = (t.clone() for t in (q, k, v))
+        got = biased_attention(q, k, v, bias, bias.inputs(terrain), engine="tiled")
+        assert got.is_inference()
+    torch.testing.assert_close(got, expected.detach(), check_dtype=False, rtol=1e-4, atol=1e-5)
+    seen = []
+    at_once([lambda: seen.append(torch.is_inference_mode_enabled())] * 3)
+    assert seen == [False] * 3
 
 
 def test_a_twin_shares_its_parameters_and_replaces_them_alone():

@@ -16,23 +16,24 @@ import torch
 def at_once(tasks: Sequence[Callable[[], None]]) -> None:
     """Run tasks that do not write to the same memory, one a thread, without recording gradients."""
     first, *others = tasks
+    inference = torch.is_inference_mode_enabled()  # of this thread alone; its tensors are written to nowhere else
     if not others:
-        _run(first)
+        _run(first, inference)
         return
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(len(others), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            running = [pool.submit(_run, task) for task in others]
+            running = [pool.submit(_run, task, inference) for task in others]
             torch.set_num_threads(1)
-            _run(first)
+            _run(first, inference)
             for task in running:
                 task.result()
     finally:
         torch.set_num_threads(threads)  # threads that come later take over what was set last
 
 
-def _run(task: Callable[[], None]) -> None:
-    with torch.no_grad():  # a thread of its own records, whatever the one that started it does
+def _run(task: Callable[[], None], inference: bool) -> None:
+    with torch.inference_mode(inference), torch.no_grad():  # modes that a new thread does not take over
         task()
 
 
