@@ -6,8 +6,10 @@ between some cores that costs several times what computing it does. Here a core 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -22,14 +24,23 @@ def at_once(tasks: Sequence[Callable[[], None]]) -> None:
         return
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(len(others), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            running = [pool.submit(_run, task, inference) for task in others]
-            torch.set_num_threads(1)
-            _run(first, inference)
-            for task in running:
-                task.result()
+        running = [_pool(len(others)).submit(_run, task, inference) for task in others]
+        torch.set_num_threads(1)
+        _run(first, inference)
+        for task in running:
+            task.result()
     finally:
         torch.set_num_threads(threads)  # threads that come later take over what was set last
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that are kept: what a new one has to set up takes as long as some tiles."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of these threads
 
 
 def _run(task: Callable[[], None], inference: bool) -> None:

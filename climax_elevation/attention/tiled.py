@@ -8,8 +8,9 @@ back from the saved logsumexp l, and five matrix products give the gradients:
     ds = p (do v^T - delta)         delta = rowsum(do * out)
     dq += s ds k                    dk += s ds^T q          db = ds, summed over samples and heads that share it
 
-db goes straight into the bias's own parameters and features, by differentiating that tile of `pairwise`
-again. The order of tiles is fixed, so a run repeats exactly. Half precision is computed in float32.
+db goes straight into the bias's own parameters and features: by the bias's own `pullback` where it has one,
+else by differentiating that tile of `pairwise` again. The order of tiles is fixed, so a run repeats exactly.
+Half precision is computed in float32.
 
 What is written to is contiguous, samples and heads in one dimension: only then does torch hand a batch of
 products to the BLAS as one.
@@ -22,9 +23,8 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from climax_elevation.errors import InputError
 
 BUFFER_HELD = 1 << 18  # numbers of a buffer of probabilities: 1 MB, some heads at once
 MASK_HELD = 1 << 21  # numbers of the mask that the fused kernel is given: 8 MB
+CHUNK = 2048  # keys that such a mask is for, at the least where all heads share it
 
 
 def tiled_attention(
@@ -94,9 +95,10 @@ def _attend_tiled(tiles: Tiles, part: slice, given: Sequence[Tensor], results: S
     """Attention of a part of the queries, of samples that share a bias; its logsumexp is the second result."""
     q, k, v = given
     out, logsumexp = results
-    chunk = min(k.shape[2], max(tiles.width, MASK_HELD // (tiles.heads * SIDE)))
-    buffer = q.new_empty(tiles.heads * SIDE * chunk)
-    for rows in slices(part.start, part.stop, SIDE):
+    strip = max(SIDE, MASK_HELD // (tiles.heads * CHUNK))  # long ones, where it can be: the kernel is faster then
+    chunk = min(k.shape[2], max(tiles.width, MASK_HELD // (tiles.heads * strip)))
+    buffer = q.new_empty(tiles.heads * min(strip, part.stop - part.start) * chunk)
+    for rows in slices(part.start, part.stop, strip):
         merged: tuple[Tensor, Tensor] | None = None
         for keys in slices(0, k.shape[2], chunk):
             found = _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], _mask(tiles, rows, keys, buffer), scale)
@@ -109,8 +111,9 @@ def _mask(tiles: Tiles, rows: slice, keys: slice, buffer: Tensor) -> Tensor:
     """The bias of these pairs, `[1, heads or 1, rows, keys]`, contiguous: older kernels ignore strides."""
     size = (1, tiles.heads, rows.stop - rows.start, keys.stop - keys.start)
     mask = buffer[: math.prod(size)].view(size)
-    for columns in slices(keys.start, keys.stop, tiles.width):
-        mask[0, :, :, _within(keys, columns)] = tiles.values(rows, columns)
+    for some in slices(rows.start, rows.stop, SIDE):
+        for columns in slices(keys.start, keys.stop, tiles.width):
+            mask[0, :, _within(rows, some), _within(keys, columns)] = tiles.values(some, columns)
     return mask
 
 
@@ -160,6 +163,7 @@ def _backward(
     negative_logsumexp, negative_delta = -logsumexp, torch.empty_like(logsumexp)
     for rows in slices(0, q.shape[2], SIDE):  # lest the product of all be held
         negative_delta[:, :, rows] = -(grad[:, :, rows] * out[:, :, rows]).sum(dim=-1)
+    negative_logsumexp, negative_delta = negative_logsumexp[..., None], negative_delta[..., None]
     of_qkv = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     for samples, own in _terrains(q.shape[0], features):
         given = [t[samples] for t in (q, k, v, grad, negative_logsumexp, negative_delta)]
@@ -190,9 +194,8 @@ def _(
     return [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
 
 
-@dataclass
-class _Strip:
-    """Some queries of all samples and heads, `[B * H, rows, ...]`, and the gradient that they gather."""
+class _Strip(NamedTuple):
+    """Some queries of some samples and heads, `[n, rows, ...]`, and the gradient that they gather."""
 
     q: Tensor
     grad: Tensor
@@ -201,14 +204,27 @@ class _Strip:
     dq: Tensor
 
 
-@dataclass
-class _Keys:
-    """Some keys of all samples and heads, `[B * H, columns, ...]`, and the gradients that they gather."""
+class _Keys(NamedTuple):
+    """Some keys of some samples and heads, `[n, columns, d]`, and the gradients that they gather."""
 
     k: Tensor
     v: Tensor
     dk: Tensor
     dv: Tensor
+
+
+class _Buffers:
+    """Where the probabilities of a tile are, and ds; both transposed too."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._held = like.new_empty(2, max(BUFFER_HELD, SIDE * SIDE))
+        self._views: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
+
+    def __call__(self, *size: int) -> tuple[Tensor, ...]:
+        if size not in self._views:
+            p, ds = (buffer[: math.prod(size)].view(size) for buffer in self._held)
+            self._views[size] = p, p.transpose(1, 2), ds, ds.transpose(1, 2)
+        return self._views[size]
 
 
 def _gradients(
@@ -246,53 +262,66 @@ def _add_part(
     """Add the gradients of a part of the queries with a part of the keys."""
     q, k, v, grad, negative_logsumexp, negative_delta = given
     dq, dk, dv = of_qkv
-    buffers = q.new_empty(2, max(BUFFER_HELD, SIDE * SIDE))
+    buffers = _Buffers(q)
     side = min(SIDE, tiles.width)
+    groups = _groups(q.shape[0], q.shape[1], tiles.heads, max(1, BUFFER_HELD // (SIDE * side)))
     for columns in slices(keys.start, keys.stop, tiles.width):
         parts = list(slices(columns.start, columns.stop, side))
-        held = [_Keys(*(_joined(t, part) for t in (k, v, dk, dv))) for part in parts]
+        held = [_joined((k, v, dk, dv), part) for part in parts]
+        split = [list(map(_Keys._make, zip(*_split(joined, groups), strict=True))) for joined in held]
         for rows in slices(queries.start, queries.stop, SIDE):
-            strip = _Strip(*(_joined(t, rows) for t in (q, grad, negative_logsumexp, negative_delta, dq)))
+            strip = _joined((q, grad, negative_logsumexp, negative_delta, dq), rows)
+            strips = list(map(_Strip._make, zip(*_split(strip, groups), strict=True)))
             b, derivative = tiles.differentiable(rows, columns, gradient)
             db = torch.zeros_like(b)
-            for part, some in zip(parts, held, strict=True):
+            for part, some in zip(parts, split, strict=True):
                 at = _within(columns, part)
-                _add_tile(strip, some, b[:, :, at], db[:, :, at], q.shape[1], buffers, scale)
+                for group, one, other in zip(groups, strips, some, strict=True):
+                    _add_tile(one, other, b[group.of, :, at], db[group.of, :, at], buffers, scale)
             gradient.add(derivative(db), rows, columns)
-            dq[:, :, rows] = strip.dq.unflatten(0, q.shape[:2])
+            dq[:, :, rows] = strip[-1].unflatten(0, q.shape[:2])
             del b, db, derivative  # before the next tile's are made
-        for part, some in zip(parts, held, strict=True):
-            dk[:, :, part], dv[:, :, part] = (t.unflatten(0, k.shape[:2]) for t in (some.dk, some.dv))
+        for part, joined in zip(parts, held, strict=True):
+            dk[:, :, part], dv[:, :, part] = (t.unflatten(0, k.shape[:2]) for t in joined[2:])
 
 
-def _joined(values: Tensor, part: slice) -> Tensor:
-    """A contiguous copy of some tokens of `[B, H, L, ...]`, `[B * H, tokens, ...]`."""
-    return values[:, :, part].clone(memory_format=torch.contiguous_format).flatten(0, 1)
+def _joined(values: Sequence[Tensor], part: slice) -> list[Tensor]:
+    """Contiguous copies of some tokens of each `[B, H, L, ...]`, `[B * H, tokens, ...]`."""
+    return [t[:, :, part].clone(memory_format=torch.contiguous_format).flatten(0, 1) for t in values]
 
 
-def _add_tile(strip: _Strip, keys: _Keys, b: Tensor, db: Tensor, heads: int, buffers: Tensor, scale: float) -> None:
-    """Add the gradients of some queries with some keys, some heads at a time."""
-    rows, columns = strip.q.shape[1], keys.k.shape[1]
-    for group, of in _groups(len(strip.q), heads, len(b), buffers.shape[1] // (rows * columns)):
-        size = (group.stop - group.start, rows, columns)
-        p, ds = (buffer[: math.prod(size)].view(size) for buffer in buffers)
-        q, grad, k, v = strip.q[group], strip.grad[group], keys.k[group], keys.v[group]
-        torch.add(b[of], strip.negative_logsumexp[group, :, None], out=p)
-        p.baddbmm_(q, k.transpose(1, 2), alpha=scale).exp_()
-        keys.dv[group].baddbmm_(p.transpose(1, 2), grad)
-        torch.bmm(grad, v.transpose(1, 2), out=ds)
-        ds.add_(strip.negative_delta[group, :, None]).mul_(p)
-        strip.dq[group].baddbmm_(ds, k, alpha=scale)
-        keys.dk[group].baddbmm_(ds.transpose(1, 2), q, alpha=scale)
-        db[of] += ds if len(db) > 1 else ds.sum(dim=0)
+def _split(values: Sequence[Tensor], groups: Sequence[_Group]) -> list[tuple[Tensor, ...]]:
+    """Each `[B * H, ...]` in its groups."""
+    return [t.split([group.size for group in groups]) for t in values]
 
 
-def _groups(batch_heads: int, heads: int, told_apart: int, at_once: int) -> Iterator[tuple[slice, slice]]:
-    """As many of the samples' heads at once as a buffer holds, and the heads of the bias that are theirs."""
-    within = heads if told_apart > 1 else batch_heads
-    for first in range(0, batch_heads, within):
-        for group in slices(first, first + within, max(1, at_once)):
-            yield group, _within(slice(first, first + within), group) if told_apart > 1 else slice(0, 1)
+def _add_tile(strip: _Strip, keys: _Keys, b: Tensor, db: Tensor, buffers: _Buffers, scale: float) -> None:
+    """Add the gradients of some queries with some keys."""
+    q, grad, k, v = strip.q, strip.grad, keys.k, keys.v
+    p, p_transposed, ds, ds_transposed = buffers(len(q), q.shape[1], k.shape[1])
+    torch.add(b, strip.negative_logsumexp, out=p)
+    p.baddbmm_(q, k.mT, alpha=scale).exp_()
+    keys.dv.baddbmm_(p_transposed, grad)
+    torch.bmm(grad, v.mT, out=ds)
+    ds.add_(strip.negative_delta).mul_(p)
+    strip.dq.baddbmm_(ds, k, alpha=scale)
+    keys.dk.baddbmm_(ds_transposed, q, alpha=scale)
+    db.add_(ds if len(db) > 1 else ds.sum(dim=0))
+
+
+class _Group(NamedTuple):
+    """Some of the samples' heads."""
+
+    size: int
+    of: slice
+    """The heads of the bias that are theirs."""
+
+
+def _groups(batch: int, heads: int, told_apart: int, at_once: int) -> list[_Group]:
+    """As many of the samples' heads at once as a buffer holds; where a bias tells heads apart, of one sample."""
+    if told_apart == 1:
+        return [_Group(part.stop - part.start, slice(0, 1)) for part in slices(0, batch * heads, at_once)]
+    return [_Group(part.stop - part.start, part) for part in slices(0, heads, at_once)] * batch
 
 
 def _terrains(batch: int, features: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:

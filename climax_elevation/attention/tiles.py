@@ -40,13 +40,21 @@ class Tiles:
     def differentiable(self, rows: slice, columns: slice, gradient: Gradient) -> tuple[Tensor, Derivative]:
         """b of the tile, and what gives the gradients of what `gradient` sums from that of b."""
         query, key = self.bias.tile(self.features, rows, columns)
+        by_hand = self.bias.pullback(query, key) if gradient.of_parameters_alone else None
+        if by_hand is not None:
+            b, pullback = by_hand
+            return b[0], lambda db: (pullback(db[None]), [], [])
+        return self._by_machine(query, key, gradient)
+
+    def _by_machine(self, query: Tensors, key: Tensors, gradient: Gradient) -> tuple[Tensor, Derivative]:
         pairwise = _Pairwise(self.bias)
 
-        def values(parameters: dict[str, Tensor], of_query: list[Tensor], of_key: list[Tensor]) -> Tensor:
+        def values(learned: dict[str, Tensor], of_query: list[Tensor], of_key: list[Tensor]) -> Tensor:
+            parameters = {f"bias.{name}": parameter for name, parameter in learned.items()}
             sides = (gradient.replaced(query, of_query), gradient.replaced(key, of_key))
             return functional_call(pairwise, parameters, sides)[0]
 
-        parameters = {f"bias.{name}": parameter.detach() for name, parameter in gradient.learned.items()}
+        parameters = {name: parameter.detach() for name, parameter in gradient.learned.items()}
         return vjp(values, parameters, gradient.wanted(query), gradient.wanted(key))  # type: ignore[return-value]
 
 
@@ -75,6 +83,11 @@ class Gradient:
         self.parameters = {name: torch.zeros_like(parameter) for name, parameter in self.learned.items()}
         self.features = [torch.zeros_like(f) if index in wanted else None for index, f in enumerate(features)]
 
+    @property
+    def of_parameters_alone(self) -> bool:
+        """Whether no feature wants a gradient."""
+        return all(total is None for total in self.features)
+
     def wanted(self, side: Tensors) -> list[Tensor]:
         """Those of a tile's features that want a gradient."""
         return [tensor for tensor, total in zip(leaves(side), self.features, strict=True) if total is not None]
@@ -87,7 +100,7 @@ class Gradient:
     def add(self, found: Found, rows: slice, columns: slice) -> None:
         """Add a tile's gradients."""
         for name, total in self.parameters.items():
-            total += found[0][f"bias.{name}"]
+            total += found[0][name]
         wanted = [total for total in self.features if total is not None]
         for place, side in ((rows, found[1]), (columns, found[2])):
             for total, part in zip(wanted, side, strict=True):

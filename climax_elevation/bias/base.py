@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 Tensors: TypeAlias = tuple[Any, ...]
 """Tensors, in tuples that may be nested: a sum of biases has a tuple a part."""
 
+Pullback: TypeAlias = Callable[[Tensor], dict[str, Tensor]]
+
 _handles = count()
 living: WeakValueDictionary[int, ElevationBias] = WeakValueDictionary()
 
@@ -75,6 +77,13 @@ class ElevationBias(nn.Module):
     def pairwise(self, query: Tensors, key: Tensors) -> Tensor:
         """Bias of every query with every key, `[B or 1, heads or 1, Lq, Lk]`, from the features of both."""
         raise NotImplementedError(f"{type(self).__name__} does not define pairwise(query, key)")
+
+    def pullback(self, query: Tensors, key: Tensors) -> tuple[Tensor, Pullback] | None:
+        """`pairwise`, and what turns the gradient of its values into those of the parameters, by name.
+
+        None, unless a subclass differentiates by hand: then engines do it by machine, which takes longer.
+        """
+        return None
 
     @property
     def has_factors(self) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from climax_elevation.bias.base import ElevationBias, Tensors
+from climax_elevation.bias.base import ElevationBias, Pullback, Tensors
 from climax_elevation.checks import finite, one_of, positive, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.registry import register_bias
@@ -89,6 +89,22 @@ class PhysicsBias(ElevationBias):
             bias = bias * wind_modulation(self.wind_beta, query[1], key[1])
         return bias[:, None]
 
+    def pullback(self, query: Tensors, key: Tensors) -> tuple[Tensor, Pullback]:
+        """b = -alpha (r - beta r s), so dalpha = -sum db (r - beta r s) and dbeta = alpha sum db r s."""
+        parameters = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        alpha, *beta = parameters.values()
+        drop = penalised(key[0][:, None, :] - query[0][:, :, None], self.direction)
+        eased = drop * wind_share(query[1], key[1]) if beta else None
+        cost = drop if eased is None else drop - beta[0].to(drop.dtype) * eased
+
+        def gradients(db: Tensor) -> dict[str, Tensor]:
+            found = [-(db[:, 0] * cost).sum()]
+            if eased is not None:
+                found.append(alpha * (db[:, 0] * eased).sum())
+            return {name: value.to(alpha.dtype) for name, value in zip(parameters, found, strict=True)}
+
+        return (-alpha.to(drop.dtype) * cost)[:, None], gradients
+
     def extra_repr(self) -> str:
         return (
             f"wind={self.wind}, direction={self.direction!r}, height_scale_m={self.height_scale_m:g}, "
@@ -107,8 +123,13 @@ def penalised(rise: Tensor, direction: str) -> Tensor:
 
 def wind_modulation(beta: Tensor, query_excess: Tensor, key_excess: Tensor) -> Tensor:
     """1 - beta sigmoid((e_i + e_j) / 2), `[B or 1, Lq, Lk]`, of speeds above the threshold, e, m/s."""
-    mean = (query_excess[:, :, None] + key_excess[:, None, :]) / 2
-    return 1 - beta.to(mean.dtype) * torch.sigmoid(mean)
+    share = wind_share(query_excess, key_excess)
+    return 1 - beta.to(share.dtype) * share
+
+
+def wind_share(query_excess: Tensor, key_excess: Tensor) -> Tensor:
+    """sigmoid((e_i + e_j) / 2), the share of beta that acts."""
+    return torch.sigmoid((query_excess[:, :, None] + key_excess[:, None, :]) / 2)
 
 
 def check_elevation(elevation: Tensor) -> None:
