@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from climax_elevation.attention.threads import at_once, shares
-from climax_elevation.attention.tiles import SIDE, Gradient, Tiles, slices, twin
+from climax_elevation.attention.tiles import SIDE, Gradient, Tiles, twin
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, living, map_tensors
 from climax_elevation.errors import InputError
+from climax_elevation.slices import slices
 
 BUFFER_HELD = 1 << 18  # numbers of a buffer of probabilities: 1 MB, some heads at once
 MASK_HELD = 1 << 21  # numbers of the mask that the fused kernel is given: 8 MB

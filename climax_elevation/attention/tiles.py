@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -117,9 +117,3 @@ def _twin(module: nn.Module) -> nn.Module:
     other._parameters = module._parameters.copy()
     other._modules = {name: child and _twin(child) for name, child in module._modules.items()}
     return other
-
-
-def slices(start: int, stop: int, step: int) -> Iterator[slice]:
-    """`start` to `stop` in parts of `step`; the last may be shorter."""
-    for begin in range(start, stop, step):
-        yield slice(begin, min(begin + step, stop))

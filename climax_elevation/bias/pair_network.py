@@ -2,8 +2,10 @@
 
     b[h, i, j] = sum_u W[h, u] relu(q[i, u] + k[j, u]) + c[h]
 
-The hidden layer is `hidden_dim` numbers a pair. It is computed for some queries at a time, in a buffer that
-is kept and written to again and again, so that it stays in the processor's cache, and anew for the gradient:
+Among some queries and some keys a unit u is often on one side of its relu throughout, as the ends of the ranges
+of q and k tell. Where it is 0 it costs nothing; where it is q + k, its part of b is a sum of one number a query
+and one a key. The rest is computed for some queries at a time, in a buffer that is kept and written to again
+and again, so that it stays in the processor's cache, and anew for the gradient:
 
     g[i, j, u] = (sum_h W[h, u] db[h, i, j]) [q[i, u] + k[j, u] > 0]
     dq[i] = sum_j g[i, j]        dk[j] = sum_i g[i, j]
@@ -20,7 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from climax_elevation.slices import slices
+
 HIDDEN_HELD = 1 << 19  # numbers of the hidden layer that are held: 2 MB
+ROWS = 256  # queries for which units are told apart
 
 _kept = threading.local()
 
@@ -56,9 +61,15 @@ class _PairNetwork(torch.autograd.Function):  # of operators alone, torch.func c
 @torch.library.custom_op("climax_elevation::pair_network", mutates_args=())
 def _forward(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     values = query.new_empty(len(query), len(weight), query.shape[1], key.shape[1])
-    for sample, rows in _blocks(query, key):
-        hidden = _hidden(query[sample, rows], key[sample])
-        torch.addmm(bias[:, None], weight, hidden.flatten(0, 1).T, out=values[sample, :, rows].flatten(1))
+    for q, k, out in zip(query, key, values, strict=True):
+        for rows in slices(0, len(q), ROWS):
+            linear, mixed = _kinds(q[rows], k)
+            of_query, of_key = (_units(side, linear) @ _units(weight, linear).T for side in (q[rows], k))
+            torch.add((of_query + bias).T[:, :, None], of_key.T[:, None], out=out[:, rows])
+            q_mixed, k_mixed, weight_mixed = (_units(t, mixed) for t in (q, k, weight))
+            for some in _blocks(rows, k_mixed):
+                hidden = _hidden(q_mixed[some], k_mixed)
+                out[:, some].flatten(1).addmm_(weight_mixed, hidden.flatten(0, 1).T)
     return values
 
 
@@ -71,14 +82,25 @@ def _(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _backward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     of_query, of_key = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key))
     of_weight = torch.zeros_like(weight)
-    for sample, rows in _blocks(query, key):
-        hidden, db = _hidden(query[sample, rows], key[sample]), grad[sample, :, rows].flatten(1)
-        of_weight.addmm_(db, hidden.flatten(0, 1))
-        g = _buffer("gradient", hidden.shape, hidden)
-        torch.mm(db.T, weight, out=g.flatten(0, 1))
-        torch.ops.aten.threshold_backward.grad_input(g, hidden, 0, grad_input=g)
-        of_query[sample, rows] = g.sum(dim=1)
-        of_key[sample] += g.sum(dim=0)
+    for db, q, k, dq, dk in zip(grad, query, key, of_query, of_key, strict=True):
+        for rows in slices(0, len(q), ROWS):
+            linear, mixed = _kinds(q[rows], k)
+            over_keys, over_queries = db[:, rows].sum(dim=2), db[:, rows].sum(dim=1)
+            of_weight[:, linear] += over_keys @ _units(q[rows], linear) + over_queries @ _units(k, linear)
+            dq[rows, linear] = over_keys.T @ _units(weight, linear)
+            dk[:, linear] += over_queries.T @ _units(weight, linear)
+            q_mixed, k_mixed, weight_mixed = (_units(t, mixed) for t in (q, k, weight))
+            dk_mixed, of_weight_mixed = torch.zeros_like(k_mixed), torch.zeros_like(weight_mixed)
+            for some in _blocks(rows, k_mixed):
+                hidden, of_pairs = _hidden(q_mixed[some], k_mixed), db[:, some].flatten(1)
+                of_weight_mixed.addmm_(of_pairs, hidden.flatten(0, 1))
+                g = _buffer("gradient", hidden.shape, hidden)
+                torch.mm(of_pairs.T, weight_mixed, out=g.flatten(0, 1))
+                torch.ops.aten.threshold_backward.grad_input(g, hidden, 0, grad_input=g)
+                dq[some, mixed] = g.sum(dim=1)
+                dk_mixed += g.sum(dim=0)
+            dk[:, mixed] += dk_mixed
+            of_weight[:, mixed] += of_weight_mixed
     return of_query, of_key, of_weight
 
 
@@ -92,12 +114,20 @@ def _(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor,
     )
 
 
-def _blocks(query: Tensor, key: Tensor) -> Iterator[tuple[int, slice]]:
-    """Some queries of a sample at a time."""
-    at_once = max(1, HIDDEN_HELD // (key.shape[1] * key.shape[2]))
-    for sample in range(len(query)):
-        for row in range(0, query.shape[1], at_once):
-            yield sample, slice(row, min(row + at_once, query.shape[1]))
+def _kinds(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """The units that are q + k for all these pairs, and those that are so for some."""
+    (low_query, high_query), (low_key, high_key) = query.aminmax(dim=0), key.aminmax(dim=0)
+    always = low_query + low_key > 0
+    return always.nonzero()[:, 0], (~always & (high_query + high_key > 0)).nonzero()[:, 0]
+
+
+def _units(values: Tensor, which: Tensor) -> Tensor:
+    return values.index_select(1, which)
+
+
+def _blocks(rows: slice, key: Tensor) -> Iterator[slice]:
+    """Some queries at a time."""
+    yield from slices(rows.start, rows.stop, max(1, HIDDEN_HELD // max(1, key.numel())))
 
 
 def _hidden(query: Tensor, key: Tensor) -> Tensor:
