@@ -97,6 +97,7 @@ class TrainingSettings:
         lr: Learning rate after warm-up.
         weight_decay: AdamW's; embeddings and terrain biases have none.
         validations: How often the validation part is scored, evenly spread.
+        lr_factor: The biases' parameters learn at lr times this.
     """
 
     steps: int = 800
@@ -104,6 +105,7 @@ class TrainingSettings:
     lr: float = 6e-3
     weight_decay: float = 1e-5
     validations: int = 10
+    lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "validations"):
@@ -114,6 +116,7 @@ class TrainingSettings:
                 "train longer, or validate less often"
             )
         positive("training.lr", self.lr, "learning rate")
+        positive("training.lr_factor", self.lr_factor, "times the learning rate")
         if not self.weight_decay >= 0:
             raise InputError(f"training.weight_decay is 0 or more, not {self.weight_decay}")
 
@@ -253,7 +256,7 @@ def fit(
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[watch, TerrainCallback(), *([best] if keep_best else [])],
+            callbacks=[watch, TerrainCallback(training.lr_factor), *([best] if keep_best else [])],
         )
         trainer.fit(module, datamodule=source)
     end = bias_scalars(net)

@@ -272,6 +272,7 @@ MISTAKES = [
     ("training.stpes", 1, "unknown key 'stpes' in training; valid: batch_size, "),
     ("training.steps", "many", "training.steps is a whole number, not 'many'"),
     ("training.steps", 1, "training.steps is at least training.validations"),
+    ("training.lr_factor", 0, "training.lr_factor is a"),
     ("model.embed_dim", 15, "embed_dim is a multiple of 4"),
     ("model.patch_size", 3, "patches of 3 pixels do not tile fields of 8 x 16"),
     ("model.drop_rate", 1.0, "model.drop_rate is a share"),
@@ -351,7 +352,7 @@ def test_a_mistake_that_shows_while_training_ends_it(config: Path, tmp_path: Pat
     data = bytearray(shard.read_bytes())
     data[20000] ^= 255  # far from what is read of a shard at first, its headers
     shard.write_bytes(data)
-    with pytest.raises(RuntimeError, match="variant 'none', seed 3 failed"):
+    with pytest.raises(InputError, match=r"variant 'none', seed 3: .*0.npz is damaged"):
         compare(write(tmp_path / "c.yaml", configuration), out=tmp_path / "out")
     assert not list((tmp_path / "out").glob("runs/*/*"))
 

@@ -229,3 +229,13 @@ def test_a_shard_is_read_only_where_needed(tmp_path: Path) -> None:
     dataset = ForecastDataset([Shard(present, 7, (8, 16)), absent], names, names, 2, 2.0, unit, unit)
     dataset.world_size = 3
     assert [round(float(x[1, 0, 0])) - 280 for x, *_ in dataset] == [0, 1, 2, 3]
+
+
+def test_a_shard_that_is_damaged_in_its_data_is_named_when_it_is_read(tmp_path: Path) -> None:
+    """Its headers are whole, so that only reading finds it."""
+    path = tiny_data.write(tmp_path) / "train" / "1.npz"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"1.npz is damaged \(Bad CRC-32"):
+        list(_module(tmp_path).train_dataloader())

@@ -52,7 +52,8 @@ def _setting(results: Results) -> str:
             f"- Data: {_data(configuration)}; {parts}.",
             f"- Network: {host}; patches of {model.patch_size}, {model.embed_dim} wide, {model.depth} blocks, "
             f"{model.num_heads} heads{', fresh weights rescaled to 1/sqrt(inputs)' if model.rescale_weights else ''}.",
-            f"- Training: {training.steps} steps of {training.batch_size}, learning rate {training.lr:g}; weights of "
+            f"- Training: {training.steps} steps of {training.batch_size}, learning rate {training.lr:g}"
+            f"{'' if training.lr_factor == 1 else f', of the biases {training.lr_factor:g} times that'}; weights of "
             f"{'the least validation error' if configuration.choose_on == 'val' else 'the last step'}.",
             f"- Seeds: {', '.join(map(str, configuration.seeds))}; the same data in the same order and, per seed, the "
             "same first weights of the host for all variants.",

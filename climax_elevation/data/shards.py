@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,9 +137,12 @@ class ForecastDataset(IterableDataset[Sample]):
             first += pairs
 
     def _read_shard(self, shard: Shard, begin: int, end: int) -> Iterator[Sample]:
-        with np.load(shard.path) as archive:
-            names = dict.fromkeys([*self.variables, *self.out_variables])
-            fields = {name: torch.from_numpy(archive[name].astype(np.float32, copy=False)) for name in names}
+        names = dict.fromkeys([*self.variables, *self.out_variables])
+        try:
+            with np.load(shard.path) as archive:
+                fields = {name: torch.from_numpy(archive[name].astype(np.float32, copy=False)) for name in names}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"{shard.path} is damaged ({error}): prepare it again") from error
         for i in range(begin, end):
             x = torch.cat([fields[name][i] for name in self.variables])
             y = torch.cat([fields[name][i + self.predict_range] for name in self.out_variables])
