@@ -168,6 +168,16 @@ def test_frozen_parameters_get_no_gradient_and_the_others_theirs():
         assert not biased_attention(q, k, v, bias, bias.inputs(terrain), engine="tiled").requires_grad
 
 
+def test_a_subclass_with_a_pairwise_of_its_own_is_not_differentiated_as_its_parent(small_tiles):
+    class Twice(PhysicsBias):
+        def pairwise(self, query, key):
+            return 2 * super().pairwise(query, key)
+
+    bias, z = Twice(wind=False).double(), torch.rand(1, 30, dtype=torch.float64) * 3000
+    for expected, got in zip(*both(bias, (z,), 2, 3, 30), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
 def test_the_gradient_outlives_the_module():
     terrain = global_terrain()
     bias = make("physics", terrain)

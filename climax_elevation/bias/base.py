@@ -42,6 +42,11 @@ class ElevationBias(nn.Module):
     handle: int
     """A number by which operators, which take no modules, find this one in `living`."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "pairwise" in vars(cls) and "pullback" not in vars(cls):
+            cls.pullback = ElevationBias.pullback  # type: ignore[method-assign]  # the inherited one is of another pairwise
+
     def __init__(self) -> None:
         super().__init__()
         self._take_handle()
