@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import median
 from typing import Any
 
@@ -146,24 +146,29 @@ def build_network(
         InputError: If sizes do not fit each other, or the bias does not fit the network.
     """
     torch.manual_seed(seed)
-    net = host(
-        list(variables),
-        img_size=list(img_size),
-        patch_size=settings.patch_size,
-        embed_dim=settings.embed_dim,
-        depth=settings.depth,
-        decoder_depth=settings.decoder_depth,
-        num_heads=settings.num_heads,
-        mlp_ratio=settings.mlp_ratio,
-        drop_path=settings.drop_path,
-        drop_rate=settings.drop_rate,
-        use_physics_mask=bias_type is not None,
-        bias_type=bias_type or "",
-        bias_args=bias_args,
-    )
+    net = host(**network_arguments(settings, variables, img_size, bias_type, bias_args))
     if settings.rescale_weights:
         rescale_weights(net)
     return net
+
+
+def network_arguments(
+    settings: ModelSettings,
+    variables: Sequence[str],
+    img_size: Sequence[int],
+    bias_type: str | None = None,
+    bias_args: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The arguments of ClimaX's constructor."""
+    sizes = {field.name: getattr(settings, field.name) for field in fields(settings) if field.name != "rescale_weights"}
+    return {
+        "default_vars": list(variables),
+        "img_size": list(img_size),
+        **sizes,
+        "use_physics_mask": bias_type is not None,
+        "bias_type": bias_type or "",
+        "bias_args": bias_args,
+    }
 
 
 def rescale_weights(net: nn.Module) -> None:

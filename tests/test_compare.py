@@ -16,6 +16,7 @@ import pytest
 import tiny_data
 import torch
 import yaml
+from pytorch_lightning import Trainer
 
 from climax_elevation.cli import main
 from climax_elevation.compare import Comparison, compare
@@ -23,8 +24,9 @@ from climax_elevation.compare.config import read_configuration
 from climax_elevation.compare.inference import holm
 from climax_elevation.compare.runs import host_class
 from climax_elevation.compare.tables import verdict
+from climax_elevation.diagnostics import open_run
 from climax_elevation.errors import InputError
-from climax_elevation.experiment import ModelSettings, build_network
+from climax_elevation.experiment import ModelSettings, build_network, quiet
 from climax_elevation.upstream.locate import find_climax
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "compare").glob("*.yaml"))
@@ -84,7 +86,8 @@ def test_every_run_is_there_and_every_table(done: Comparison) -> None:
     runs = sorted(path.relative_to(done.out / "runs").as_posix() for path in (done.out / "runs").glob("*/*"))
     assert runs == [f"{name}/seed{seed}" for name in sorted(VARIANTS) for seed in (3, 4)]
     for folder in (done.out / "runs").glob("*/*"):
-        assert {path.name for path in folder.iterdir()} == {"run.json", "samples.npz", "weights.ckpt", "log.txt"}
+        files = {"run.json", "samples.npz", "weights.ckpt", "config.yaml", "log.txt"}
+        assert {path.name for path in folder.iterdir()} == files
     results = pd.read_csv(done.out / "results.csv")
     assert list(results) == ["variant", "seed", "part", "variable", "metric", "stratum", "value"]
     assert set(results.variant) == {*VARIANTS, "persistence", "climatology"}
@@ -157,7 +160,11 @@ def test_on_climax_itself(config: Path, climax: Path, tmp_path: Path, monkeypatc
     record = json.loads((tmp_path / "out" / "runs" / "physics" / "seed3" / "run.json").read_text())
     assert record["configuration"]["host"] == "ClimaX"
     assert record["scalars"]["blocks.0.elevation_alpha"][0] == 1.0
-    assert record["scalars"]["blocks.0.elevation_alpha"][1] != 1.0
+    moved = record["scalars"]["blocks.0.elevation_alpha"][1]
+    assert moved != 1.0
+    with open_run(tmp_path / "out" / "runs" / "physics" / "seed3") as opened:
+        alpha = dict(opened.module.named_parameters())["net.blocks.0.attn.bias.elevation_alpha"]
+        assert alpha.item() == pytest.approx(moved)
     with pytest.raises(InputError, match="host ClimaX, now stand-in"):
         compare(config, out=tmp_path / "out", seeds=[3])
 
@@ -178,6 +185,21 @@ def test_on_climax_itself(config: Path, climax: Path, tmp_path: Path, monkeypatc
 def test_verdicts(row: dict[str, Any], expected: str) -> None:
     clear = {"metric": "rmse", "difference": -0.2, "seeds": 5, "p_holm": 0.04, "time_low": -0.3, "time_high": -0.1}
     assert verdict(clear | row, 0.05) == expected
+
+
+def test_a_run_is_opened_as_a_run_of_train_is(done: Comparison, capsys: pytest.CaptureFixture) -> None:
+    """By doctor and plot, with the weights that were scored."""
+    folder = done.out / "runs" / "physics" / "seed3"
+    record = json.loads((folder / "run.json").read_text())
+    with open_run(folder) as opened:
+        with quiet():
+            trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+            found = trainer.validate(opened.module, datamodule=opened.datamodule, verbose=False)[0]
+        assert found["val/w_rmse"] == pytest.approx(min(error for _, error in record["curve"]), rel=1e-4)
+        alpha = dict(opened.module.named_parameters())["net.blocks.0.attn.bias.elevation_alpha"]
+        assert alpha.item() == pytest.approx(record["scalars"]["blocks.0.elevation_alpha"][1], rel=1e-5)
+    assert main(["doctor", str(folder)]) == 0
+    assert "elevation zeroed" in capsys.readouterr().out
 
 
 def test_a_simulated_tracer(tmp_path: Path) -> None:

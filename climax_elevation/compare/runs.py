@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pytorch_lightning import Trainer
 from torch import nn
 from tqdm import tqdm
@@ -33,12 +34,14 @@ from climax_elevation.compare.scores import PARTS, Samples, Scorer, load_samples
 from climax_elevation.compare.strata import StrataSettings
 from climax_elevation.errors import InputError
 from climax_elevation.experiment import (
+    FULL_SHUFFLE,
     DataSettings,
     Fitted,
     ModelSettings,
     TrainingSettings,
     build_network,
     fit,
+    network_arguments,
     one_thread,
     quiet,
 )
@@ -46,6 +49,7 @@ from climax_elevation.forecast import GlobalForecastModule
 from climax_elevation.host import StandInClimaX
 from climax_elevation.training import TerrainCallback
 from climax_elevation.upstream.arch import climax_class
+from climax_elevation.upstream.config import CLIMAX_CLASS, STAND_IN_CLASS
 from climax_elevation.upstream.locate import Source
 
 try:
@@ -56,6 +60,7 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 RECORD, SAMPLES, WEIGHTS, LOG = "run.json", "samples.npz", "weights.ckpt", "log.txt"
+CONFIG = "config.yaml"  # as a run of train has it, so that doctor and plot open this one too
 SECONDS_A_MESSAGE = 1.0
 MIB = 2**20
 PARTIAL = ".partial"
@@ -178,7 +183,8 @@ def run(task: Task, device: int | None, on_step: Callable[[float | None], None])
         with _log_to(partial / LOG), one_thread():
             started = time.perf_counter()
             scorer = Scorer.of(task.data, task.strata, task.model.patch_size, task.training.batch_size)
-            net = network(task, [len(axis) for axis in scorer.data.get_lat_lon()], host_class(task.climax))
+            img_size = [len(axis) for axis in scorer.data.get_lat_lon()]
+            net = network(task, img_size, host_class(task.climax))
             fitted = fit(
                 net,
                 task.data,
@@ -193,10 +199,26 @@ def run(task: Task, device: int | None, on_step: Callable[[float | None], None])
             record["seconds"] = time.perf_counter() - started
         save_samples(partial / SAMPLES, samples, task.data.out_variables, scorer.strata.names)
         torch.save({"state_dict": fitted.module.cpu().state_dict()}, partial / WEIGHTS)
+        (partial / CONFIG).write_text(yaml.safe_dump(_configuration(task, img_size), sort_keys=False))
         (partial / RECORD).write_text(json.dumps(record, indent=2))
         os.replace(partial, task.folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _configuration(task: Task, img_size: Sequence[int]) -> dict[str, Any]:
+    variant, data = task.variant, asdict(task.data)
+    arguments = network_arguments(task.model, data["variables"], img_size, variant.bias_type, variant.bias_args)
+    host = STAND_IN_CLASS if task.climax is None else CLIMAX_CLASS
+    return {
+        "model": {"net": {"class_path": host, "init_args": arguments}, "lr": task.training.lr},
+        "data": {
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in data.items()},
+            "buffer_size": FULL_SHUFFLE,
+            "batch_size": task.training.batch_size,
+            "num_workers": 0,
+        },
+    }
 
 
 def _record(task: Task, fitted: Fitted, device: int | None) -> dict[str, Any]:
