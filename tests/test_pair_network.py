@@ -1,5 +1,7 @@
 """The network over pairs that tells units apart, beside the equation written out."""
 
+import math
+
 import pytest
 import torch
 
@@ -53,3 +55,19 @@ def test_where_q_and_k_cancel_the_unit_has_no_gradient():
     query, key = torch.zeros(1, 3, 2, requires_grad=True), torch.zeros(1, 4, 2)
     pair_network(query, key, torch.ones(1, 2), torch.zeros(1)).sum().backward()
     assert not query.grad.any()
+
+
+def test_what_is_not_a_number_is_not_lost():
+    query, key = torch.tensor([[[math.nan], [1.0]]]), torch.ones(1, 1, 1)
+    values = pair_network(query, key, torch.ones(1, 1), torch.zeros(1)).flatten()
+    assert values[0].isnan() and values[1] == 2
+
+
+def test_training_goes_on_after_inference():
+    """As after Lightning's validation: what inference keeps, training can write to."""
+    vars(module._kept).clear()
+    query = torch.randn(1, 5, 4)
+    with torch.inference_mode():
+        pair_network(query, query, torch.ones(1, 4), torch.zeros(1))
+    pair_network(query.requires_grad_(), query, torch.ones(1, 4), torch.zeros(1)).sum().backward()
+    assert query.grad.abs().sum() > 0

@@ -115,10 +115,11 @@ def _(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor,
 
 
 def _kinds(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """The units that are q + k for all these pairs, and those that are so for some."""
+    """The units that are q + k for all these pairs, and those that may be so for some."""
     (low_query, high_query), (low_key, high_key) = query.aminmax(dim=0), key.aminmax(dim=0)
     always = low_query + low_key > 0
-    return always.nonzero()[:, 0], (~always & (high_query + high_key > 0)).nonzero()[:, 0]
+    never = high_query + high_key <= 0
+    return always.nonzero()[:, 0], (~always & ~never).nonzero()[:, 0]  # what is not a number is neither
 
 
 def _units(values: Tensor, which: Tensor) -> Tensor:
@@ -142,5 +143,6 @@ def _buffer(name: str, size: tuple[int, ...], like: Tensor) -> Tensor:
     place = (name, like.dtype, like.device)
     numbers = math.prod(size)
     if place not in buffers or buffers[place].numel() < numbers:
-        buffers[place] = torch.empty(numbers, dtype=like.dtype, device=like.device)
+        with torch.inference_mode(False):  # else only inference could write to it
+            buffers[place] = torch.empty(numbers, dtype=like.dtype, device=like.device)
     return buffers[place][:numbers].view(size)
