@@ -60,7 +60,8 @@ def test_where_q_and_k_cancel_the_unit_has_no_gradient():
 def test_what_is_not_a_number_is_not_lost():
     query, key = torch.tensor([[[math.nan], [1.0]]]), torch.ones(1, 1, 1)
     values = pair_network(query, key, torch.ones(1, 1), torch.zeros(1)).flatten()
-    assert values[0].isnan() and values[1] == 2
+    assert values[0].isnan()
+    assert values[1] == 2
 
 
 def test_training_goes_on_after_inference():
