@@ -43,6 +43,21 @@ def predict(made, seed=1):
     return made(x, None, torch.tensor([0.06, 0.24]), VARIABLES, VARIABLES, None, None)[1]
 
 
+@pytest.mark.parametrize("engine", ["auto", "tiled"])
+@pytest.mark.parametrize("case", EVERY_BIAS)
+def test_a_model_that_first_forecasts_in_inference_mode_then_trains(case, engine):
+    """As Lightning does, which looks at some of the validation data before it trains."""
+    made, same = model(case, engine=engine), model(case, engine=engine)
+    with torch.inference_mode():
+        predict(made)
+    for each in (made, same):
+        predict(each).square().sum().backward()
+    for (name, parameter), other in zip(made.named_parameters(), same.parameters(), strict=True):
+        if other.grad is not None:
+            torch.testing.assert_close(parameter.grad, other.grad, msg=name)
+    predict(made)
+
+
 def test_every_registered_bias_is_tested_here():
     assert {part for name, _ in EVERY_BIAS.values() for part in name.split("+")} == set(available_biases())
 

@@ -57,6 +57,7 @@ class PathExcess:
 _known: WeakValueDictionary[tuple[str, torch.device], PathExcess] = WeakValueDictionary()
 
 
+@torch.inference_mode(False)  # what is kept serves training too
 def path_excess(terrain: Terrain, cache_dir: Path | None = None) -> PathExcess:
     """`PathExcess` of a whole grid, from memory or `cache_dir` where it is known, else computed and kept there.
 
@@ -73,7 +74,7 @@ def path_excess(terrain: Terrain, cache_dir: Path | None = None) -> PathExcess:
         InputError: If the grid is not whole, or the ground differs between samples.
     """
     terrain.require_whole("a path across the ground")
-    elevation = terrain.elevation_m[:1].detach().cpu().float()
+    elevation = terrain.elevation_m[:1].detach().cpu().float().clone()
     if not bool((terrain.elevation_m == terrain.elevation_m[:1]).all()):
         raise InputError(
             "a path across the ground wants one elevation for all samples, and it differs within a batch: give "
