@@ -18,7 +18,7 @@ from climax_elevation.checks import one_of, positive
 from climax_elevation.elevation_file import read_elevation_file
 from climax_elevation.errors import InputError
 from climax_elevation.order import PATCH_ORDERS
-from climax_elevation.reader import TerrainReader
+from climax_elevation.reader import CONTROLS, TerrainReader
 from climax_elevation.statistics import read_folder
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def attach(
     terrain_is_flat: bool = False,
     grid_spacing_m: float | None = None,
     patch_order: str = "raster",
+    control: str = "none",
     **bias_args: Any,
 ) -> None:
     """Make the attention of a ClimaX model's blocks terrain-aware, in place.
@@ -76,6 +77,8 @@ def attach(
             go from south to north.
         patch_order: "raster"; "wind", upwind patches first (which changes nothing but rounding); or
             "wind_as_published", with the position embedding left behind. See `climax_elevation.order`.
+        control: "none"; or what biases see in the place of the ground, to tell what terrain does from what else a
+            bias does: "flat" (0 m everywhere) or "mirrored" (east and west exchanged).
         bias_args: The bias's own arguments, by name; for a sum, a dictionary for each part.
 
     Raises:
@@ -105,6 +108,7 @@ def attach(
         terrain_is_flat=terrain_is_flat,
         grid_spacing_m=None if grid_spacing_m is None else positive("grid_spacing_m", grid_spacing_m, "metres"),
         patch_order=patch_order,
+        control=one_of("control", control, CONTROLS),
     ).to(next(model.parameters()).device)
     _check_variables(host_model.default_vars, reader, elevation_file)
     if stats_dir is not None:

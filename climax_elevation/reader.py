@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,22 @@ LOWEST_M, HIGHEST_M = -500.0, 9000.0  # Dead Sea shore and Everest, with room
 FASTEST_M_S = 150.0  # twice the strongest 10 m wind ever measured
 LEAST_CORRELATION = 0.9  # of an elevation file with the orography channel
 HOURS_PER_LEAD_TIME = 100.0  # ClimaX feeds lead times in hundreds of hours
+
+
+def _flat(terrain: Terrain) -> Terrain:
+    return replace(terrain, elevation_m=torch.zeros_like(terrain.elevation_m))
+
+
+def _mirrored(terrain: Terrain) -> Terrain:
+    fields = terrain.elevation_m.unflatten(1, terrain.grid)
+    return replace(terrain, elevation_m=fields.flip(2).flatten(1))
+
+
+CONTROLS: dict[str, Callable[[Terrain], Terrain]] = {
+    "none": lambda terrain: terrain,
+    "flat": _flat,  # all at 0 m
+    "mirrored": _mirrored,  # east is west: relief of the same kind, in the wrong places
+}
 
 
 class TerrainReader(nn.Module):
@@ -47,6 +64,7 @@ class TerrainReader(nn.Module):
         terrain_is_flat: Elevations within 10 m of zero are meant, not a standardised channel.
         grid_spacing_m: Distance between pixels of a plane grid, metres; None: latitudes and longitudes tell.
         patch_order: One of `climax_elevation.order.PATCH_ORDERS`.
+        control: One of `CONTROLS`: what biases see in the place of the ground.
     """
 
     elevation_m: Tensor
@@ -69,6 +87,7 @@ class TerrainReader(nn.Module):
         terrain_is_flat: bool = False,
         grid_spacing_m: float | None = None,
         patch_order: str = "raster",
+        control: str = "none",
     ) -> None:
         super().__init__()
         self.img_size = (int(img_size[0]), int(img_size[1]))
@@ -80,6 +99,7 @@ class TerrainReader(nn.Module):
         self.terrain_is_flat = terrain_is_flat
         self.spacing_m = None if grid_spacing_m is None else grid_spacing_m * self.patch_size
         self.patch_order = patch_order
+        self.control = control
         self.cache_dir: Path | None = None  # beside the data, where what is long to compute is kept
         self.position_embedding: tuple[nn.Parameter, ...] = ()  # the host's; in a tuple, lest it be registered twice
         tokens = self.grid[0] * self.grid[1]
@@ -303,6 +323,7 @@ class TerrainReader(nn.Module):
             )
         if not self._checked:
             self._check_values(terrain, x, variables)
+        terrain = CONTROLS[self.control](terrain)
         return terrain if patch_ids is None else terrain.select(patch_ids)
 
     def _elevation(self, x: Tensor, variables: Sequence[str]) -> Tensor:
@@ -388,10 +409,11 @@ class TerrainReader(nn.Module):
             )
         self._checked = True
         logger.info(
-            "terrain: elevation %d to %d m (patch means, from %s)%s",
+            "terrain: elevation %d to %d m (patch means, from %s%s)%s",
             round(low),
             round(high),
             origin,
+            "" if self.control == "none" else f"; control: biases see it {self.control}",
             _wind_range(terrain.speed),
         )
 

@@ -166,6 +166,7 @@ def test_an_elevation_file_serves_a_model_without_orography(tmp_path):
         ({"blocks": []}, "at least one block"),
         ({"blocks": [0, 0]}, "none twice"),
         ({"engine": "fast"}, "unknown engine 'fast'"),
+        ({"control": "tilted"}, "unknown control 'tilted'"),
         ({"elevation_variable": "height"}, "lack 'height'"),
         ({"wind_variables": ["u", "v"]}, "lack 'u'"),
         ({"wind_variables": "u"}, "names two channels"),

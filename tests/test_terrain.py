@@ -153,8 +153,32 @@ def test_static_terrain_is_read_once_a_batch_and_verified():
         read(standardised(x), None, VARIABLES)
 
 
-def reader_with_statistics():
-    read = reader()
+def test_a_control_changes_the_ground_alone_and_is_said(caplog):
+    x = standardised(physical_batch())
+    true = reader_with_statistics()(x, None, VARIABLES)
+    with caplog.at_level("INFO"):
+        flat, mirrored = (reader_with_statistics(control=name)(x, None, VARIABLES) for name in ("flat", "mirrored"))
+    assert not flat.elevation_m.any()
+    # two rows of three patches
+    assert mirrored.elevation_m.tolist() == true.elevation_m[:, [2, 1, 0, 5, 4, 3]].tolist()
+    assert true.elevation_m.tolist() != mirrored.elevation_m.tolist()
+    for other in (flat, mirrored):
+        assert torch.equal(other.speed, true.speed)
+        assert torch.equal(other.u, true.u)
+    assert "control: biases see it mirrored" in caplog.text
+
+
+def test_a_region_of_a_mirrored_ground_is_that_of_the_whole():
+    x = standardised(physical_batch())
+    read = reader_with_statistics(control="mirrored")
+    assert (
+        read(x, None, VARIABLES, [0, 4]).elevation_m.tolist()
+        == read(x, None, VARIABLES).elevation_m[:, [0, 4]].tolist()
+    )
+
+
+def reader_with_statistics(**options):
+    read = reader(**options)
     read.set_statistics(MEAN, STD, "a test")
     return read
 
