@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "trained there is alive, and how the error changes with elevation zeroed or permuted, wind reversed, and the "
         "bias times 0, 0.5 and 2.",
     )
-    doctor.add_argument("folder", nargs="?", type=Path, metavar="RUN", help="folder of a run of train")
+    doctor.add_argument("folder", nargs="?", type=Path, metavar="RUN", help="folder of a run of train or compare")
     _add_run_options(doctor)
     doctor.set_defaults(run=_doctor)
     return parser
@@ -146,7 +146,7 @@ def _add_kinds(kinds: Any) -> None:
     }
     parsers = {name: kinds.add_parser(name, help=text, description=text) for name, text in helps.items()}
     for name, parser in parsers.items():
-        what = "of a comparison, or its differences.csv" if name == "forest" else "of a run of train"
+        what = "of a comparison, or its differences.csv" if name == "forest" else "of a run of train or compare"
         parser.add_argument("folder", type=Path, metavar="RUN", help=f"folder {what}")
         parser.add_argument("--out", type=Path, default=Path(name), metavar="PATH", help=f"without suffix ({name})")
         parser.set_defaults(run=_plot)
