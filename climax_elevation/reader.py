@@ -27,19 +27,21 @@ LEAST_CORRELATION = 0.9  # of an elevation file with the orography channel
 HOURS_PER_LEAD_TIME = 100.0  # ClimaX feeds lead times in hundreds of hours
 
 
-def _flat(terrain: Terrain) -> Terrain:
+def level(terrain: Terrain) -> Terrain:
+    """All ground at 0 m."""
     return replace(terrain, elevation_m=torch.zeros_like(terrain.elevation_m))
 
 
-def _mirrored(terrain: Terrain) -> Terrain:
+def mirrored(terrain: Terrain) -> Terrain:
+    """East and west exchanged: relief of the same kind, in the wrong places."""
     fields = terrain.elevation_m.unflatten(1, terrain.grid)
     return replace(terrain, elevation_m=fields.flip(2).flatten(1))
 
 
 CONTROLS: dict[str, Callable[[Terrain], Terrain]] = {
     "none": lambda terrain: terrain,
-    "flat": _flat,  # all at 0 m
-    "mirrored": _mirrored,  # east is west: relief of the same kind, in the wrong places
+    "flat": level,
+    "mirrored": mirrored,
 }
 
 

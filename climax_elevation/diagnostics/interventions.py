@@ -20,7 +20,7 @@ from climax_elevation.data.shards import Normalize
 from climax_elevation.diagnostics.strength import evaluating, terrain_blocks
 from climax_elevation.errors import InputError
 from climax_elevation.metrics import lat_weighted_rmse
-from climax_elevation.reader import TerrainReader
+from climax_elevation.reader import TerrainReader, level
 
 if TYPE_CHECKING:
     from climax_elevation.terrain import Terrain
@@ -108,11 +108,6 @@ def _other_biases(model: nn.Module, make: Callable[[ElevationBias], ElevationBia
     finally:
         for block, bias in own.items():
             block.attn.bias = bias
-
-
-def level(terrain: Terrain) -> Terrain:
-    """All ground at 0 m."""
-    return replace(terrain, elevation_m=torch.zeros_like(terrain.elevation_m))
 
 
 def permuted(terrain: Terrain) -> Terrain:
