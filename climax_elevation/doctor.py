@@ -12,7 +12,7 @@ from enum import Enum
 
 import torch
 
-from climax_elevation import PhysicsBias, available_biases, biased_attention
+from climax_elevation import PhysicsBias, available_biases, biased_attention, compiled
 from climax_elevation.attention import ENGINES
 from climax_elevation.errors import InputError
 from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
@@ -59,11 +59,12 @@ class Finding:
 
 
 def doctor() -> list[Finding]:
-    """Look at versions, attention engines, biases, git and ClimaX, and change nothing."""
+    """Look at versions, compiled loops, engines, biases, git and ClimaX, and change nothing but a cache."""
     return [
         _python(),
         *(_version(name, *bounds) for name, bounds in SUPPORTED.items()),
         _git(),
+        _loops(),
         *(_engine(name) for name in ENGINES),
         Finding(Level.OK, "biases", ", ".join(available_biases())),
         *_climax(),
@@ -117,6 +118,14 @@ def _git() -> Finding:
     except InputError as error:
         # wrong only where there is a ClimaX to patch, and then that is found below
         return Finding(Level.NOTE, "git", str(error))
+
+
+def _loops() -> Finding:
+    try:
+        compiled.load()
+    except compiled.NotCompiled as reason:  # slower, but nothing is wrong
+        return Finding(Level.NOTE, "compiled loops", f"none: {reason}")
+    return Finding(Level.OK, "compiled loops", "for the CPU, as attention uses them")
 
 
 def _engine(name: str) -> Finding:

@@ -10,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by Triton when it is imported, which has not happened yet
 
+from climax_elevation import compiled
+
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
 
@@ -41,6 +43,16 @@ def climax() -> Path:
     if CLIMAX is None:
         pytest.skip("needs microsoft/ClimaX: set CLIMAX_SRC to a checkout")
     return CLIMAX
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With compiled loops, and as where there is no compiler."""
+    if request.param == "torch":
+        monkeypatch.setattr(compiled, "library", lambda: None)
+    elif compiled.library() is None:
+        pytest.skip("needs a C++ compiler")
+    return request.param
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from terrains import EVERY_BIAS, global_terrain, make
 from test_tiled import both, use_tiles
 
 from climax_elevation import biased_attention
-from climax_elevation.attention.threads import at_once, shares
 from climax_elevation.attention.tiles import twin
+from climax_elevation.threads import at_once, shares
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_an_error_comes_through_and_the_number_of_threads_is_as_before(three_thr
 @pytest.mark.parametrize("case", EVERY_BIAS)
 def test_three_threads_equal_dense_with_every_gradient(three_threads, monkeypatch, case):
     """Tiles of one query and key at the least, so that each thread has many."""
-    use_tiles(monkeypatch, side=4, tile_held=200, buffer_held=100, mask_held=60)
+    use_tiles(monkeypatch, side=4, tile_held=200, buffer_held=100)
     terrain = global_terrain((5, 9), batch=2)
     bias = make(case, terrain, num_heads=3)
     for expected, got in zip(*both(bias, bias.inputs(terrain), 2, 3, 45), strict=True):

@@ -1,8 +1,7 @@
 """A tile of the bias at a time: never more of it in memory, forward or backward.
 
-Forward, a strip of queries attends to a chunk of keys through torch's fused kernel, with the bias of those
-pairs alone as its mask; chunks are merged by their logsumexp. Backward, the probabilities of a tile come
-back from the saved logsumexp l, and five matrix products give the gradients:
+Forward, softmax goes over the keys tile by tile, under the largest logit so far. Backward, the probabilities of a
+tile come back from the saved logsumexp l, and five matrix products give the gradients:
 
     p = exp(s q k^T + b - l)        dv += p^T do
     ds = p (do v^T - delta)         delta = rowsum(do * out)
@@ -11,9 +10,6 @@ back from the saved logsumexp l, and five matrix products give the gradients:
 db goes straight into the bias's own parameters and features: by the bias's own `pullback` where it has one,
 else by differentiating that tile of `pairwise` again. The order of tiles is fixed, so a run repeats exactly.
 Half precision is computed in float32.
-
-What is written to is contiguous, samples and heads in one dimension: only then does torch hand a batch of
-products to the BLAS as one.
 
 Both directions are custom operators, which torch.compile passes over without a break.
 """
@@ -24,20 +20,18 @@ import ast
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from climax_elevation.attention.threads import at_once, shares
+from climax_elevation.attention.tile import attend, differentiate
 from climax_elevation.attention.tiles import SIDE, Gradient, Tiles, twin
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, living, map_tensors
+from climax_elevation.compiled import packed
 from climax_elevation.errors import InputError
 from climax_elevation.slices import slices
-
-BUFFER_HELD = 1 << 18  # numbers of a buffer of probabilities: 1 MB, some heads at once
-MASK_HELD = 1 << 21  # numbers of the mask that the fused kernel is given: 8 MB
-CHUNK = 2048  # keys that such a mask is for, at the least where all heads share it
+from climax_elevation.threads import at_once, shares
 
 
 def tiled_attention(
@@ -55,7 +49,7 @@ def tiled_attention(
     with torch.autocast(q.device.type, enabled=False):
         features = bias.features(*inputs)
         wide = torch.promote_types(q.dtype, torch.float32)
-        wide_q, wide_k, wide_v = q.to(wide), k.to(wide), v.to(wide)
+        wide_q, wide_k, wide_v = (t.to(wide) for t in (q, k, v))
         nesting = repr(map_tensors(lambda _: 0, features))  # type: ignore[arg-type, return-value]
         parameters = list(bias.parameters())
         out, _ = _forward(wide_q, wide_k, wide_v, list(leaves(features)), parameters, nesting, bias.handle, scale)
@@ -78,64 +72,31 @@ def _forward(
     handle: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    out, logsumexp = torch.empty_like(v), q.new_empty(q.shape[:3])
+    out, logsumexp = (torch.zeros_like(v, memory_format=torch.contiguous_format), q.new_zeros(q.shape[:3]))
+    q, k, v = map(packed, (q, k, v))
     for samples, own in _terrains(q.shape[0], features):
         tiles = Tiles(living[handle], _nested(nesting, own))
         given, results = ([t[samples] for t in some] for some in ((q, k, v), (out, logsumexp)))
-        parts = shares(q.shape[2], SIDE, q.device)
-        at_once([partial(_attend_tiled, tiles, rows, given, results, scale) for rows in parts])
+        at_once([partial(_attend, tiles, rows, given, results, scale) for rows in shares(q.shape[2], SIDE, q.device)])
     return out, logsumexp
 
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(v), q.new_empty(q.shape[:3])
+    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3])
 
 
-def _attend_tiled(tiles: Tiles, part: slice, given: Sequence[Tensor], results: Sequence[Tensor], scale: float) -> None:
+def _attend(tiles: Tiles, part: slice, given: Sequence[Tensor], results: Sequence[Tensor], scale: float) -> None:
     """Attention of a part of the queries, of samples that share a bias; its logsumexp is the second result."""
     q, k, v = given
-    out, logsumexp = results
-    strip = max(SIDE, MASK_HELD // (tiles.heads * CHUNK))  # long ones, where it can be: the kernel is faster then
-    chunk = min(k.shape[2], max(tiles.width, MASK_HELD // (tiles.heads * strip)))
-    buffer = q.new_empty(tiles.heads * min(strip, part.stop - part.start) * chunk)
-    for rows in slices(part.start, part.stop, strip):
-        merged: tuple[Tensor, Tensor] | None = None
-        for keys in slices(0, k.shape[2], chunk):
-            found = _attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], _mask(tiles, rows, keys, buffer), scale)
-            merged = found if merged is None else _merge(merged, found)
-        assert merged is not None
-        out[:, :, rows], logsumexp[:, :, rows] = merged
-
-
-def _mask(tiles: Tiles, rows: slice, keys: slice, buffer: Tensor) -> Tensor:
-    """The bias of these pairs, `[1, heads or 1, rows, keys]`, contiguous: older kernels ignore strides."""
-    size = (1, tiles.heads, rows.stop - rows.start, keys.stop - keys.start)
-    mask = buffer[: math.prod(size)].view(size)
-    for some in slices(rows.start, rows.stop, SIDE):
-        for columns in slices(keys.start, keys.stop, tiles.width):
-            mask[0, :, _within(rows, some), _within(keys, columns)] = tiles.values(some, columns)
-    return mask
-
-
-def _within(whole: slice, part: slice) -> slice:
-    """A part of a slice, counted from its start."""
-    return slice(part.start - whole.start, part.stop - whole.start)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of some queries to some keys, and its logsumexp."""
-    if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
-    logits = scale * (q @ k.transpose(-2, -1)) + mask
-    return logits.softmax(dim=-1) @ v, logits.logsumexp(dim=-1)
-
-
-def _merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention to two sets of keys together."""
-    logsumexp = torch.logaddexp(one[1], other[1])
-    share, rest = ((part[1] - logsumexp).exp_()[..., None] for part in (one, other))
-    return one[0] * share + other[0] * rest, logsumexp
+    for rows in slices(part.start, part.stop, SIDE):
+        out, logsumexp = (result[:, :, rows] for result in results)
+        highest, sums = logsumexp.fill_(-math.inf), torch.zeros_like(logsumexp)
+        for columns in slices(0, k.shape[2], tiles.width):
+            b = tiles.values(rows, columns).to(q.dtype).contiguous()
+            attend(q[:, :, rows], k[:, :, columns], v[:, :, columns], b, (highest, sums, out), scale)
+        out /= sums[..., None]
+        logsumexp += sums.log()
 
 
 @torch.library.custom_op(
@@ -159,15 +120,15 @@ def _backward(
     scale: float,
 ) -> list[Tensor]:
     bias = living[handle]
+    grad, q, k, v = map(packed, (grad, q, k, v))
     of_features = {index: torch.zeros_like(features[index]) for index in wanted}
     of_parameters = {name: torch.zeros_like(parameter) for name, parameter in bias.named_parameters()}
-    negative_logsumexp, negative_delta = -logsumexp, torch.empty_like(logsumexp)
+    delta = torch.empty_like(logsumexp)
     for rows in slices(0, q.shape[2], SIDE):  # lest the product of all be held
-        negative_delta[:, :, rows] = -(grad[:, :, rows] * out[:, :, rows]).sum(dim=-1)
-    negative_logsumexp, negative_delta = negative_logsumexp[..., None], negative_delta[..., None]
+        delta[:, :, rows] = (grad[:, :, rows] * out[:, :, rows]).sum(dim=-1)
     of_qkv = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     for samples, own in _terrains(q.shape[0], features):
-        given = [t[samples] for t in (q, k, v, grad, negative_logsumexp, negative_delta)]
+        given = [t[samples] for t in (q, k, v, grad, logsumexp, delta)]
         for gradient in _gradients(bias, _nested(nesting, own), wanted, given, [t[samples] for t in of_qkv], scale):
             for name, part in gradient.parameters.items():
                 of_parameters[name] += part
@@ -193,39 +154,6 @@ def _(
 ) -> list[Tensor]:
     likes = [q, k, v, *(features[index] for index in wanted), *parameters]
     return [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
-
-
-class _Strip(NamedTuple):
-    """Some queries of some samples and heads, `[n, rows, ...]`, and the gradient that they gather."""
-
-    q: Tensor
-    grad: Tensor
-    negative_logsumexp: Tensor
-    negative_delta: Tensor
-    dq: Tensor
-
-
-class _Keys(NamedTuple):
-    """Some keys of some samples and heads, `[n, columns, d]`, and the gradients that they gather."""
-
-    k: Tensor
-    v: Tensor
-    dk: Tensor
-    dv: Tensor
-
-
-class _Buffers:
-    """Where the probabilities of a tile are, and ds; both transposed too."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._held = like.new_empty(2, max(BUFFER_HELD, SIDE * SIDE))
-        self._views: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
-
-    def __call__(self, *size: int) -> tuple[Tensor, ...]:
-        if size not in self._views:
-            p, ds = (buffer[: math.prod(size)].view(size) for buffer in self._held)
-            self._views[size] = p, p.transpose(1, 2), ds, ds.transpose(1, 2)
-        return self._views[size]
 
 
 def _gradients(
@@ -261,68 +189,19 @@ def _add_part(
     scale: float,
 ) -> None:
     """Add the gradients of a part of the queries with a part of the keys."""
-    q, k, v, grad, negative_logsumexp, negative_delta = given
+    q, k, v, *of_queries = given
     dq, dk, dv = of_qkv
-    buffers = _Buffers(q)
-    side = min(SIDE, tiles.width)
-    groups = _groups(q.shape[0], q.shape[1], tiles.heads, max(1, BUFFER_HELD // (SIDE * side)))
+    held = q.new_empty(tiles.heads * SIDE * tiles.width)  # memory that is new costs more than what is added in it
     for columns in slices(keys.start, keys.stop, tiles.width):
-        parts = list(slices(columns.start, columns.stop, side))
-        held = [_joined((k, v, dk, dv), part) for part in parts]
-        split = [list(map(_Keys._make, zip(*_split(joined, groups), strict=True))) for joined in held]
+        of_keys = [t[:, :, columns] for t in (k, v, dk, dv)]
         for rows in slices(queries.start, queries.stop, SIDE):
-            strip = _joined((q, grad, negative_logsumexp, negative_delta, dq), rows)
-            strips = list(map(_Strip._make, zip(*_split(strip, groups), strict=True)))
-            b, derivative = tiles.differentiable(rows, columns, gradient)
-            db = torch.zeros_like(b)
-            for part, some in zip(parts, split, strict=True):
-                at = _within(columns, part)
-                for group, one, other in zip(groups, strips, some, strict=True):
-                    _add_tile(one, other, b[group.of, :, at], db[group.of, :, at], buffers, scale)
-            gradient.add(derivative(db), rows, columns)
-            dq[:, :, rows] = strip[-1].unflatten(0, q.shape[:2])
-            del b, db, derivative  # before the next tile's are made
-        for part, joined in zip(parts, held, strict=True):
-            dk[:, :, part], dv[:, :, part] = (t.unflatten(0, k.shape[:2]) for t in joined[2:])
-
-
-def _joined(values: Sequence[Tensor], part: slice) -> list[Tensor]:
-    """Contiguous copies of some tokens of each `[B, H, L, ...]`, `[B * H, tokens, ...]`."""
-    return [t[:, :, part].clone(memory_format=torch.contiguous_format).flatten(0, 1) for t in values]
-
-
-def _split(values: Sequence[Tensor], groups: Sequence[_Group]) -> list[tuple[Tensor, ...]]:
-    """Each `[B * H, ...]` in its groups."""
-    return [t.split([group.size for group in groups]) for t in values]
-
-
-def _add_tile(strip: _Strip, keys: _Keys, b: Tensor, db: Tensor, buffers: _Buffers, scale: float) -> None:
-    """Add the gradients of some queries with some keys."""
-    q, grad, k, v = strip.q, strip.grad, keys.k, keys.v
-    p, p_transposed, ds, ds_transposed = buffers(len(q), q.shape[1], k.shape[1])
-    torch.add(b, strip.negative_logsumexp, out=p)
-    p.baddbmm_(q, k.mT, alpha=scale).exp_()
-    keys.dv.baddbmm_(p_transposed, grad)
-    torch.bmm(grad, v.mT, out=ds)
-    ds.add_(strip.negative_delta).mul_(p)
-    strip.dq.baddbmm_(ds, k, alpha=scale)
-    keys.dk.baddbmm_(ds_transposed, q, alpha=scale)
-    db.add_(ds if len(db) > 1 else ds.sum(dim=0))
-
-
-class _Group(NamedTuple):
-    """Some of the samples' heads."""
-
-    size: int
-    of: slice
-    """The heads of the bias that are theirs."""
-
-
-def _groups(batch: int, heads: int, told_apart: int, at_once: int) -> list[_Group]:
-    """As many of the samples' heads at once as a buffer holds; where a bias tells heads apart, of one sample."""
-    if told_apart == 1:
-        return [_Group(part.stop - part.start, slice(0, 1)) for part in slices(0, batch * heads, at_once)]
-    return [_Group(part.stop - part.start, part) for part in slices(0, heads, at_once)] * batch
+            values, derivative = tiles.differentiable(rows, columns, gradient)
+            b = values.to(q.dtype).contiguous()
+            db = held[: b.numel()].view(b.shape).zero_()
+            some_q, some_dq, *others = (t[:, :, rows] for t in (q, dq, *of_queries))
+            differentiate((some_q, *of_keys[:2], *others), b, (some_dq, *of_keys[2:]), db, scale)
+            gradient.add(derivative(db.to(values.dtype)), rows, columns)
+            del values, b, derivative  # before the next tile's are made
 
 
 def _terrains(batch: int, features: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:

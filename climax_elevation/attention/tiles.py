@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
-from climax_elevation.bias.base import ElevationBias, Tensors, leaves, map_tensors
+from climax_elevation.bias.base import ElevationBias, Gradients, Pullback, Tensors, leaves, map_tensors
 
-SIDE = 256  # queries of a tile, and keys of a tile of probabilities
+SIDE = 256  # queries of a tile
+WIDTH = 512  # keys of a tile, at the most
 TILE_HELD = 1 << 20  # numbers that computing a tile of the bias holds: 4 MB
-
-Found = tuple[dict[str, Tensor], list[Tensor], list[Tensor]]
-Derivative = Callable[[Tensor], Found]
 
 
 class Tiles:
@@ -31,22 +29,24 @@ class Tiles:
         first = slice(0, 1)
         self.heads = self.values(first, first).shape[0]  # that it tells apart; 1 where all share it
         pairs = max(1, TILE_HELD // (SIDE * bias.numbers_a_pair))
-        self.width = 1 << (pairs.bit_length() - 1)  # keys of a tile: a power of two, which divides the usual lengths
+        self.width = min(WIDTH, 1 << (pairs.bit_length() - 1))  # a power of two, which divides the usual lengths
 
     def values(self, rows: slice, columns: slice) -> Tensor:
         """b of the tile, `[heads or 1, rows, columns]`."""
-        return self.bias.pairwise(*self.bias.tile(self.features, rows, columns))[0]
+        sides = self.bias.tile(self.features, rows, columns)
+        by_hand = self.bias.pullback(*sides, ())
+        return (self.bias.pairwise(*sides) if by_hand is None else by_hand[0])[0]
 
-    def differentiable(self, rows: slice, columns: slice, gradient: Gradient) -> tuple[Tensor, Derivative]:
+    def differentiable(self, rows: slice, columns: slice, gradient: Gradient) -> tuple[Tensor, Pullback]:
         """b of the tile, and what gives the gradients of what `gradient` sums from that of b."""
         query, key = self.bias.tile(self.features, rows, columns)
-        by_hand = self.bias.pullback(query, key) if gradient.of_parameters_alone else None
-        if by_hand is not None:
-            b, pullback = by_hand
-            return b[0], lambda db: (pullback(db[None]), [], [])
-        return self._by_machine(query, key, gradient)
+        by_hand = self.bias.pullback(query, key, gradient.indices)
+        if by_hand is None:
+            return self._by_machine(query, key, gradient)
+        b, pullback = by_hand
+        return b[0], lambda db: pullback(db[None])
 
-    def _by_machine(self, query: Tensors, key: Tensors, gradient: Gradient) -> tuple[Tensor, Derivative]:
+    def _by_machine(self, query: Tensors, key: Tensors, gradient: Gradient) -> tuple[Tensor, Pullback]:
         pairwise = _Pairwise(self.bias)
 
         def values(learned: dict[str, Tensor], of_query: list[Tensor], of_key: list[Tensor]) -> Tensor:
@@ -81,12 +81,8 @@ class Gradient:
     def __init__(self, bias: ElevationBias, features: Sequence[Tensor], wanted: Sequence[int]) -> None:
         self.learned = {name: parameter for name, parameter in bias.named_parameters() if parameter.requires_grad}
         self.parameters = {name: torch.zeros_like(parameter) for name, parameter in self.learned.items()}
+        self.indices = wanted
         self.features = [torch.zeros_like(f) if index in wanted else None for index, f in enumerate(features)]
-
-    @property
-    def of_parameters_alone(self) -> bool:
-        """Whether no feature wants a gradient."""
-        return all(total is None for total in self.features)
 
     def wanted(self, side: Tensors) -> list[Tensor]:
         """Those of a tile's features that want a gradient."""
@@ -97,14 +93,16 @@ class Gradient:
         following, totals = iter(by), iter(self.features)
         return map_tensors(lambda tensor: tensor if next(totals) is None else next(following), side)
 
-    def add(self, found: Found, rows: slice, columns: slice) -> None:
+    def add(self, found: Gradients, rows: slice, columns: slice) -> None:
         """Add a tile's gradients."""
-        for name, total in self.parameters.items():
-            total += found[0][name]
+        for name, part in found[0].items():
+            if name in self.parameters:
+                self.parameters[name] += part
         wanted = [total for total in self.features if total is not None]
         for place, side in ((rows, found[1]), (columns, found[2])):
-            for total, part in zip(wanted, side, strict=True):
-                total[:, place] += part
+            for total, of_side in zip(wanted, side, strict=True):
+                if of_side is not None:
+                    total[:, place] += of_side
 
 
 def twin(module: ElevationBias) -> ElevationBias:

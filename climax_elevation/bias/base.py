@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 Tensors: TypeAlias = tuple[Any, ...]
 """Tensors, in tuples that may be nested: a sum of biases has a tuple a part."""
 
-Pullback: TypeAlias = Callable[[Tensor], dict[str, Tensor]]
+Gradients: TypeAlias = tuple[dict[str, Tensor], list[Tensor | None], list[Tensor | None]]
+"""Of parameters, by name, and of some features of queries and of keys; None is for zeros."""
+
+Pullback: TypeAlias = Callable[[Tensor], Gradients]
 
 _handles = count()
 living: WeakValueDictionary[int, ElevationBias] = WeakValueDictionary()
@@ -83,10 +86,14 @@ class ElevationBias(nn.Module):
         """Bias of every query with every key, `[B or 1, heads or 1, Lq, Lk]`, from the features of both."""
         raise NotImplementedError(f"{type(self).__name__} does not define pairwise(query, key)")
 
-    def pullback(self, query: Tensors, key: Tensors) -> tuple[Tensor, Pullback] | None:
-        """`pairwise`, and what turns the gradient of its values into those of the parameters, by name.
+    def pullback(self, query: Tensors, key: Tensors, wanted: Sequence[int]) -> tuple[Tensor, Pullback] | None:
+        """`pairwise`, and what turns the gradient of its values into those of the parameters and of features.
 
         None, unless a subclass differentiates by hand: then engines do it by machine, which takes longer.
+
+        Args:
+            query, key: As of `pairwise`.
+            wanted: Which of the features, counted as `leaves` does, have a gradient.
         """
         return None
 

@@ -2,10 +2,8 @@
 
     b[h, i, j] = sum_u W[h, u] relu(q[i, u] + k[j, u]) + c[h]
 
-Among some queries and some keys a unit u is often on one side of its relu throughout, as the ends of the ranges
-of q and k tell. Where it is 0 it costs nothing; where it is q + k, its part of b is a sum of one number a query
-and one a key. The rest is computed for some queries at a time, in a buffer that is kept and written to again
-and again, so that it stays in the processor's cache, and anew for the gradient:
+The hidden layer is never held: in compiled loops it stays in registers, and else it is computed for some queries at
+a time, in a buffer that is kept and written to again and again; and anew for the gradient:
 
     g[i, j, u] = (sum_h W[h, u] db[h, i, j]) [q[i, u] + k[j, u] > 0]
     dq[i] = sum_j g[i, j]        dk[j] = sum_i g[i, j]
@@ -17,15 +15,18 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from climax_elevation import compiled
 from climax_elevation.slices import slices
+from climax_elevation.threads import at_once, shares
 
-HIDDEN_HELD = 1 << 19  # numbers of the hidden layer that are held: 2 MB
-ROWS = 256  # queries for which units are told apart
+HIDDEN_HELD = 1 << 19  # numbers of the hidden layer that are held, without compiled loops: 2 MB
+SIDE = 64  # queries of a thread, at the least, in compiled loops
 
 _kept = threading.local()
 
@@ -55,22 +56,12 @@ class _PairNetwork(torch.autograd.Function):  # of operators alone, torch.func c
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return *_backward(grad, *ctx.saved_tensors), grad.sum(dim=(0, 2, 3))
+            return tuple(_backward(grad, *ctx.saved_tensors))
 
 
 @torch.library.custom_op("climax_elevation::pair_network", mutates_args=())
 def _forward(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    values = query.new_empty(len(query), len(weight), query.shape[1], key.shape[1])
-    for q, k, out in zip(query, key, values, strict=True):
-        for rows in slices(0, len(q), ROWS):
-            linear, mixed = _kinds(q[rows], k)
-            of_query, of_key = (_units(side, linear) @ _units(weight, linear).T for side in (q[rows], k))
-            torch.add((of_query + bias).T[:, :, None], of_key.T[:, None], out=out[:, rows])
-            q_mixed, k_mixed, weight_mixed = (_units(t, mixed) for t in (q, k, weight))
-            for some in _blocks(rows, k_mixed):
-                hidden = _hidden(q_mixed[some], k_mixed)
-                out[:, some].flatten(1).addmm_(weight_mixed, hidden.flatten(0, 1).T)
-    return values
+    return pair_values(query, key, weight, bias)
 
 
 @_forward.register_fake
@@ -78,57 +69,79 @@ def _(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return query.new_empty(len(query), len(weight), query.shape[1], key.shape[1])
 
 
+def pair_values(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`pair_network`, for whoever differentiates by hand."""
+    values = query.new_empty(len(query), len(weight), query.shape[1], key.shape[1])
+    if compiled.available(query, key, weight, bias):
+        rest = [t.contiguous() for t in (key, weight, bias)]
+        for q, k, out in zip(query.contiguous(), rest[0], values, strict=True):
+            parts = shares(len(q), SIDE, q.device)
+            at_once([partial(_compiled, "pair_values", q[some], k, *rest[1:], out[None, :, some]) for some in parts])
+        return values
+    for q, k, out in zip(query, key, values, strict=True):
+        for some in _blocks(q, k):
+            torch.addmm(bias[:, None], weight, _hidden(q[some], k).flatten(0, 1).T, out=out[:, some].flatten(1))
+    return values
+
+
 @torch.library.custom_op("climax_elevation::pair_network_backward", mutates_args=())
-def _backward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    of_query, of_key = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key))
-    of_weight = torch.zeros_like(weight)
-    for db, q, k, dq, dk in zip(grad, query, key, of_query, of_key, strict=True):
-        for rows in slices(0, len(q), ROWS):
-            linear, mixed = _kinds(q[rows], k)
-            over_keys, over_queries = db[:, rows].sum(dim=2), db[:, rows].sum(dim=1)
-            of_weight[:, linear] += over_keys @ _units(q[rows], linear) + over_queries @ _units(k, linear)
-            dq[rows, linear] = over_keys.T @ _units(weight, linear)
-            dk[:, linear] += over_queries.T @ _units(weight, linear)
-            q_mixed, k_mixed, weight_mixed = (_units(t, mixed) for t in (q, k, weight))
-            dk_mixed, of_weight_mixed = torch.zeros_like(k_mixed), torch.zeros_like(weight_mixed)
-            for some in _blocks(rows, k_mixed):
-                hidden, of_pairs = _hidden(q_mixed[some], k_mixed), db[:, some].flatten(1)
-                of_weight_mixed.addmm_(of_pairs, hidden.flatten(0, 1))
-                g = _buffer("gradient", hidden.shape, hidden)
-                torch.mm(of_pairs.T, weight_mixed, out=g.flatten(0, 1))
-                torch.ops.aten.threshold_backward.grad_input(g, hidden, 0, grad_input=g)
-                dq[some, mixed] = g.sum(dim=1)
-                dk_mixed += g.sum(dim=0)
-            dk[:, mixed] += dk_mixed
-            of_weight[:, mixed] += of_weight_mixed
-    return of_query, of_key, of_weight
+def _backward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> list[Tensor]:
+    return pair_gradients(grad, query, key, weight)
 
 
 @_backward.register_fake
-def _(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(query, memory_format=contiguous),
-        torch.empty_like(key, memory_format=contiguous),
-        torch.empty_like(weight),
+def _(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> list[Tensor]:
+    return [
+        *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, weight)),
+        weight.new_empty(len(weight)),
+    ]
+
+
+def pair_gradients(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> list[Tensor]:
+    """dq, dk, dW and dc, from the gradient of the values, db."""
+    of_query, of_key, of_weight = (
+        torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, weight)
     )
+    of_bias = weight.new_zeros(len(weight))
+    if compiled.available(grad, query, key, weight):
+        query, key, weight = (t.contiguous() for t in (query, key, weight))
+        for db, q, k, dq, dk in zip(compiled.packed(grad), query, key, of_query, of_key, strict=True):
+            parts = shares(len(q), SIDE, q.device)
+            sums = [[torch.zeros_like(total) for total in (dk, of_weight, of_bias)] for _ in parts]
+            work = zip(parts, sums, strict=True)
+            at_once(
+                [
+                    partial(_compiled, "pair_gradients", db[None, :, some], q[some], k, weight, dq[some], *own)
+                    for some, own in work
+                ]
+            )
+            for own in sums:
+                for total, part in zip((dk, of_weight, of_bias), own, strict=True):
+                    total += part
+        return [of_query, of_key, of_weight, of_bias]
+    for db, q, k, dq, dk in zip(grad, query, key, of_query, of_key, strict=True):
+        of_bias += db.sum(dim=(1, 2))
+        for some in _blocks(q, k):
+            hidden, of_pairs = _hidden(q[some], k), db[:, some].flatten(1)
+            of_weight.addmm_(of_pairs, hidden.flatten(0, 1))
+            g = _buffer("gradient", hidden.shape, hidden)
+            torch.mm(of_pairs.T, weight, out=g.flatten(0, 1))
+            torch.ops.aten.threshold_backward.grad_input(g, hidden, 0, grad_input=g)
+            dq[some] = g.sum(dim=1)
+            dk += g.sum(dim=0)
+    return [of_query, of_key, of_weight, of_bias]
 
 
-def _kinds(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """The units that are q + k for all these pairs, and those that may be so for some."""
-    (low_query, high_query), (low_key, high_key) = query.aminmax(dim=0), key.aminmax(dim=0)
-    always = low_query + low_key > 0
-    never = high_query + high_key <= 0
-    return always.nonzero()[:, 0], (~always & ~never).nonzero()[:, 0]  # what is not a number is neither
+def _compiled(loop: str, *tensors: Tensor) -> None:
+    """The loop for the pairs of some queries, of which the first or fifth tensor is the bias or its gradient."""
+    b = next(tensor for tensor in tensors if tensor.dim() == 4)
+    units = next(tensor for tensor in tensors if tensor.dim() == 2).shape[1]
+    compiled.call(loop, *tensors, *b.shape[1:], units)
 
 
-def _units(values: Tensor, which: Tensor) -> Tensor:
-    return values.index_select(1, which)
-
-
-def _blocks(rows: slice, key: Tensor) -> Iterator[slice]:
+def _blocks(query: Tensor, key: Tensor) -> Iterator[slice]:
     """Some queries at a time."""
-    yield from slices(rows.start, rows.stop, max(1, HIDDEN_HELD // max(1, key.numel())))
+    yield from slices(0, len(query), max(1, HIDDEN_HELD // max(1, key.numel())))
 
 
 def _hidden(query: Tensor, key: Tensor) -> Tensor:

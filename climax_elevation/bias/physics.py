@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from climax_elevation.bias.base import ElevationBias, Pullback, Tensors
+from climax_elevation import compiled
+from climax_elevation.bias.base import ElevationBias, Gradients, Pullback, Tensors
 from climax_elevation.checks import finite, one_of, positive, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.registry import register_bias
@@ -15,7 +17,9 @@ from climax_elevation.registry import register_bias
 if TYPE_CHECKING:
     from climax_elevation.terrain import Terrain
 
-DIRECTIONS = ("key_above", "query_above", "both")
+PENALISED = {"key_above": (1.0, 0.0), "query_above": (-1.0, 0.0), "both": (1.0, -1.0)}
+"""By direction, two factors of a rise: the larger product is what is penalised."""
+DIRECTIONS = tuple(PENALISED)
 
 
 @register_bias("physics")
@@ -89,21 +93,42 @@ class PhysicsBias(ElevationBias):
             bias = bias * wind_modulation(self.wind_beta, query[1], key[1])
         return bias[:, None]
 
-    def pullback(self, query: Tensors, key: Tensors) -> tuple[Tensor, Pullback]:
+    def pullback(self, query: Tensors, key: Tensors, wanted: Sequence[int]) -> tuple[Tensor, Pullback] | None:
         """b = -alpha (r - beta r s), so dalpha = -sum db (r - beta r s) and dbeta = alpha sum db r s."""
-        parameters = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        alpha, *beta = parameters.values()
+        if wanted:
+            return None
+        parameters = [parameter.detach() for parameter in self.parameters()]
+        if compiled.available(*query, *key) and len(query[0]) == len(query[-1]) == 1:
+            return self._compiled(query, key, *map(float, parameters))
+        alpha, *beta = parameters
         drop = penalised(key[0][:, None, :] - query[0][:, :, None], self.direction)
         eased = drop * wind_share(query[1], key[1]) if beta else None
         cost = drop if eased is None else drop - beta[0].to(drop.dtype) * eased
 
-        def gradients(db: Tensor) -> dict[str, Tensor]:
-            found = [-(db[:, 0] * cost).sum()]
-            if eased is not None:
-                found.append(alpha * (db[:, 0] * eased).sum())
-            return {name: value.to(alpha.dtype) for name, value in zip(parameters, found, strict=True)}
+        def gradients(db: Tensor) -> Gradients:
+            of_alpha = -(db[:, 0] * cost).sum()
+            return self._named(of_alpha, None if eased is None else alpha * (db[:, 0] * eased).sum())
 
         return (-alpha.to(drop.dtype) * cost)[:, None], gradients
+
+    def _compiled(self, query: Tensors, key: Tensors, alpha: float, beta: float = 0.0) -> tuple[Tensor, Pullback]:
+        """`pullback` in loops that keep no more of a tile than its values."""
+        tokens = [side[index].contiguous() for index in (0, -1) for side in (query, key)]
+        sizes = (int(self.wind), query[0].shape[1], key[0].shape[1])
+        b = query[0].new_empty(1, 1, *sizes[1:])
+        compiled.call("physics_values", *tokens, b, *PENALISED[self.direction], alpha, beta, *sizes)
+
+        def gradients(db: Tensor) -> Gradients:
+            sums = torch.zeros(2, dtype=torch.float64)
+            compiled.call("physics_sums", *tokens, compiled.packed(db), sums, *PENALISED[self.direction], *sizes)
+            of_r, of_rs = sums
+            return self._named(beta * of_rs - of_r, alpha * of_rs)
+
+        return b, gradients
+
+    def _named(self, of_alpha: Tensor, of_beta: Tensor | None) -> Gradients:
+        found = zip(self.named_parameters(), (of_alpha, of_beta), strict=False)
+        return {name: value.to(parameter.dtype) for (name, parameter), value in found if value is not None}, [], []
 
     def extra_repr(self) -> str:
         return (

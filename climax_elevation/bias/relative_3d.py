@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from climax_elevation.bias.base import ElevationBias, Tensors
-from climax_elevation.bias.pair_network import pair_network
+from climax_elevation.bias.base import ElevationBias, Gradients, Pullback, Tensors
+from climax_elevation.bias.pair_network import pair_gradients, pair_network, pair_values
 from climax_elevation.checks import count, one_of, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.registry import register_bias
@@ -116,6 +117,22 @@ class RelativePositionBias3D(ElevationBias):
         # one product for all pairs, heads first as attention wants them
         values = torch.addmm(bias[:, None], weight, hidden.flatten(0, 2).T)
         return values.unflatten(1, hidden.shape[:3]).transpose(0, 1)
+
+    def pullback(self, query: Tensors, key: Tensors, wanted: Sequence[int]) -> tuple[Tensor, Pullback] | None:
+        """The gradient of `pair_network`; that of the first layer is the features'."""
+        if self.coords != "normalized":
+            return None
+        weight, bias = (parameter.detach() for parameter in self._layer(2))
+        q, k = query[0].detach(), key[1].detach()
+
+        def gradients(db: Tensor) -> Gradients:
+            of_q, of_k, *learned = pair_gradients(db, q, k, weight)
+            own = zip(("mlp.2.weight", "mlp.2.bias"), self.mlp[2].parameters(), learned, strict=True)
+            of_parameters = {name: found.to(parameter.dtype) for name, parameter, found in own}
+            of_query, of_key = [of_q, None], [None, of_k]
+            return of_parameters, [of_query[index] for index in wanted], [of_key[index] for index in wanted]
+
+        return pair_values(q, k, weight, bias), gradients
 
     def _offsets(self, q: Tensor, k: Tensor) -> Tensor:
         """Eastward and northward offset in 1000 km, upward in km, `[..., 3]`."""

@@ -1,0 +1,105 @@
+// What the loops share: views of tensors, and the numbers that a processor computes with at once, which are GCC's and
+// Clang's vector types and what those lack.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+
+// A tensor [samples, heads, rows, ...], and how many numbers lie from one sample, head and row to the next.
+template <class T> struct View {
+    T *data;
+    int64_t sample, head, row;
+    T *at(int64_t s, int64_t h, int64_t r = 0) const { return data + s * sample + h * head + r * row; }
+};
+
+template <class T> struct Of;
+template <> struct Of<float> {
+    typedef float type __attribute__((vector_size(BYTES)));
+    typedef int32_t bits __attribute__((vector_size(BYTES)));
+};
+template <> struct Of<double> {
+    typedef double type __attribute__((vector_size(BYTES)));
+    typedef int64_t bits __attribute__((vector_size(BYTES)));
+};
+template <class T> using Wide = typename Of<T>::type;
+template <class T> constexpr int64_t LANES = BYTES / sizeof(T);
+
+template <class T> inline Wide<T> all(T value) { return Wide<T>{} + value; }
+
+template <class T> inline Wide<T> load(const T *from) {
+    Wide<T> values;
+    std::memcpy(&values, from, BYTES);
+    return values;
+}
+
+template <class T> inline void store(T *to, Wide<T> values) { std::memcpy(to, &values, BYTES); }
+
+// The first `count` numbers; `rest` in the other lanes.
+template <class T> inline Wide<T> load(const T *from, int64_t count, T rest) {
+    Wide<T> values = all<T>(rest);
+    std::memcpy(&values, from, count * sizeof(T));
+    return values;
+}
+
+template <class T> inline void store(T *to, Wide<T> values, int64_t count) {
+    std::memcpy(to, &values, count * sizeof(T));
+}
+
+// What is not a number stays so in the first argument, and is passed over in the second.
+template <class V> inline V larger(V one, V other) { return other > one ? other : one; }
+
+template <class T> inline T total(Wide<T> values) {
+    T sum = 0;
+    for (int lane = 0; lane < LANES<T>; lane++) sum += values[lane];
+    return sum;
+}
+
+template <class T> inline T largest(Wide<T> values) {
+    T found = values[0];
+    for (int lane = 1; lane < LANES<T>; lane++) found = larger(found, T(values[lane]));
+    return found;
+}
+
+// e^x to about one unit in the last place; 0 below -87. x = n log 2 + r, and a polynomial in r (Cephes' expf).
+inline Wide<float> exponential(Wide<float> x) {
+    const Wide<float> within = larger(x < 88.37f ? x : x - x + 88.37f, all(-87.33f));
+    const Wide<float> shifted = within * 1.44269504f + 12582912.0f; // the nearest integer, in the low bits
+    const Wide<float> n = shifted - 12582912.0f;
+    const Wide<float> r = within - n * 0.693359375f + n * 2.12194440e-4f;
+    Wide<float> y = all(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    const Of<float>::bits power = ((Of<float>::bits)shifted << 23) + (127 << 23);
+    return x < -87.33f ? Wide<float>{} : y * (Wide<float>)power;
+}
+
+inline Wide<double> exponential(Wide<double> x) {
+    for (int lane = 0; lane < LANES<double>; lane++) x[lane] = std::exp(x[lane]);
+    return x;
+}
+
+// Calls body(read, write) for all columns, a set of lanes at a time; behind the last, `read` gives what it is told.
+template <class T, class Body> inline void across(int64_t columns, Body body) {
+    int64_t at = 0;
+    for (; at + LANES<T> <= columns; at += LANES<T>)
+        body([&](const T *from, T) { return load(from + at); }, [&](T *to, Wide<T> values) { store(to + at, values); });
+    const int64_t left = columns - at;
+    if (left > 0)
+        body([&](const T *from, T behind) { return load(from + at, left, behind); },
+             [&](T *to, Wide<T> values) { store(to + at, values, left); });
+}
