@@ -48,9 +48,12 @@ def _run(task: Callable[[], None], inference: bool) -> None:
         task()
 
 
-def shares(tokens: int, side: int, device: torch.device) -> list[slice]:
-    """`tokens` in as many parts as there are cores to use, of whole tiles of `side`."""
-    tiles = -(-tokens // side)
-    parts = min(torch.get_num_threads(), tiles) if device.type == "cpu" else 1
-    edges = [min(tokens, tiles * part // parts * side) for part in range(parts + 1)]
+def shares(count: int, side: int, device: torch.device, others: int = 1) -> list[slice]:
+    """`count` tokens, or heads, in as many parts as there are cores to use, of whole tiles of `side`.
+
+    Each of them may come in as many as `others` parts in another dimension.
+    """
+    tiles = -(-count // side)
+    parts = min(max(1, torch.get_num_threads() // others), tiles) if device.type == "cpu" else 1
+    edges = [min(count, tiles * part // parts * side) for part in range(parts + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]

@@ -8,6 +8,7 @@ from terrains import EVERY_BIAS, global_terrain, make
 from test_tiled import both, use_tiles
 
 from climax_elevation import biased_attention
+from climax_elevation.attention import tiled
 from climax_elevation.attention.tiles import twin
 from climax_elevation.threads import at_once, shares
 
@@ -26,6 +27,8 @@ def test_shares_are_whole_tiles_in_order(three_threads):
     assert shares(256, 256, cpu) == [slice(0, 256)]
     assert shares(5, 2, cpu) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert shares(1000, 256, torch.device("cuda")) == [slice(0, 1000)]
+    assert shares(16, 1, cpu, others=2) == [slice(0, 16)]
+    assert shares(1, 1, cpu, others=1) == [slice(0, 1)]
 
 
 def test_tasks_run_on_one_thread_each_and_record_nothing(three_threads):
@@ -55,6 +58,22 @@ def test_three_threads_equal_dense_with_every_gradient(three_threads, monkeypatc
     bias = make(case, terrain, num_heads=3)
     for expected, got in zip(*both(bias, bias.inputs(terrain), 2, 3, 45), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", EVERY_BIAS)
+def test_more_threads_than_tiles_take_some_heads_each(loops, case):
+    """Of one tile of tokens, five heads on four threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        terrain = global_terrain((5, 9), batch=2)
+        bias = make(case, terrain, num_heads=5)
+        heads, tokens = tiled._shares(torch.zeros(2, 5, 45, 8))
+        assert (heads, tokens) == ([slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 5)], [slice(0, 45)])
+        for expected, got in zip(*both(bias, bias.inputs(terrain), 2, 5, 45), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_inference_mode_is_that_of_the_thread_that_asks(three_threads):

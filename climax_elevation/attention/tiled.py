@@ -20,6 +20,7 @@ import ast
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -72,12 +73,13 @@ def _forward(
     handle: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    out, logsumexp = (torch.zeros_like(v, memory_format=torch.contiguous_format), q.new_zeros(q.shape[:3]))
+    out, logsumexp = torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3])
     q, k, v = map(packed, (q, k, v))
     for samples, own in _terrains(q.shape[0], features):
         tiles = Tiles(living[handle], _nested(nesting, own))
         given, results = ([t[samples] for t in some] for some in ((q, k, v), (out, logsumexp)))
-        at_once([partial(_attend, tiles, rows, given, results, scale) for rows in shares(q.shape[2], SIDE, q.device)])
+        heads, parts = _shares(q)
+        at_once([partial(_attend, tiles, some, rows, given, results, scale) for some in heads for rows in parts])
     return out, logsumexp
 
 
@@ -86,15 +88,31 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3])
 
 
-def _attend(tiles: Tiles, part: slice, given: Sequence[Tensor], results: Sequence[Tensor], scale: float) -> None:
-    """Attention of a part of the queries, of samples that share a bias; its logsumexp is the second result."""
-    q, k, v = given
+def _shares(q: Tensor) -> tuple[list[slice], list[slice]]:
+    """Parts of the heads, and of the tokens: these first, since each part of the heads computes the bias anew."""
+    tokens = shares(q.shape[2], SIDE, q.device)
+    return shares(q.shape[1], 1, q.device, len(tokens)), tokens
+
+
+def _attend(
+    tiles: Tiles,
+    heads: slice,
+    part: slice,
+    given: Sequence[Tensor],
+    results: Sequence[Tensor],
+    scale: float,
+) -> None:
+    """Attention of a part of heads and queries, of samples that share a bias; its logsumexp is the second result."""
+    q, k, v = (t[:, heads] for t in given)
+    own = heads if tiles.heads > 1 else slice(None)
+    memory = tiles.memory(q)
     for rows in slices(part.start, part.stop, SIDE):
-        out, logsumexp = (result[:, :, rows] for result in results)
+        out, logsumexp = (result[:, heads, rows] for result in results)
         highest, sums = logsumexp.fill_(-math.inf), torch.zeros_like(logsumexp)
+        out.zero_()
         for columns in slices(0, k.shape[2], tiles.width):
-            b = tiles.values(rows, columns).to(q.dtype).contiguous()
-            attend(q[:, :, rows], k[:, :, columns], v[:, :, columns], b, (highest, sums, out), scale)
+            b = tiles.values(rows, columns, memory).to(q.dtype).contiguous()
+            attend(q[:, :, rows], k[:, :, columns], v[:, :, columns], b[own], (highest, sums, out), scale)
         out /= sums[..., None]
         logsumexp += sums.log()
 
@@ -124,9 +142,9 @@ def _backward(
     of_features = {index: torch.zeros_like(features[index]) for index in wanted}
     of_parameters = {name: torch.zeros_like(parameter) for name, parameter in bias.named_parameters()}
     delta = torch.empty_like(logsumexp)
-    for rows in slices(0, q.shape[2], SIDE):  # lest the product of all be held
-        delta[:, :, rows] = (grad[:, :, rows] * out[:, :, rows]).sum(dim=-1)
-    of_qkv = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    of_qkv = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
+    heads, parts = _shares(q)
+    at_once([partial(_begin, some, part, (grad, out), (delta, *of_qkv)) for some in heads for part in parts])
     for samples, own in _terrains(q.shape[0], features):
         given = [t[samples] for t in (q, k, v, grad, logsumexp, delta)]
         for gradient in _gradients(bias, _nested(nesting, own), wanted, given, [t[samples] for t in of_qkv], scale):
@@ -156,6 +174,19 @@ def _(
     return [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
 
 
+def _begin(heads: slice, part: slice, given: Sequence[Tensor], begun: Sequence[Tensor]) -> None:
+    """delta of some tokens in some heads, and zeros for their gradients: by the threads that go on with them.
+
+    Torch's own threads, which would else do it, wait busily for more, on the cores that these want.
+    """
+    delta, *sums = begun
+    for rows in slices(part.start, part.stop, SIDE):  # lest the product of all be held
+        grad, out = (t[:, heads, rows] for t in given)
+        delta[:, heads, rows] = (grad * out).sum(dim=-1)
+    for total in sums:
+        total[:, heads, part] = 0
+
+
 def _gradients(
     bias: ElevationBias,
     features: Tensors,
@@ -166,15 +197,16 @@ def _gradients(
 ) -> list[Gradient]:
     """Add the gradients of samples that share a bias to those of q, k and v; the bias's come in parts.
 
-    `given` are q, k, v, the gradient of what came out, and -logsumexp and -delta. Each thread keeps its keys and
+    `given` are q, k, v, the gradient of what came out, logsumexp and delta. Each thread keeps its heads and keys and
     goes around the queries, one step behind the next: no two of them ever add to the same.
     """
-    parts = shares(given[0].shape[2], SIDE, given[0].device)
-    tiles = [Tiles(twin(bias), features) for _ in parts]
+    heads, parts = _shares(given[0])
+    tiles = [Tiles(twin(bias), features) for _ in heads for _ in parts]
     gradients = [Gradient(own.bias, list(leaves(features)), wanted) for own in tiles]
     for step in range(len(parts)):
-        rows = parts[step:] + parts[:step]
-        work = zip(tiles, gradients, rows, parts, strict=True)
+        pairs = zip(parts[step:] + parts[:step], parts, strict=True)
+        places = [(some, *pair) for some, pair in product(heads, pairs)]
+        work = zip(tiles, gradients, places, strict=True)
         at_once([partial(_add_part, *own, given, of_qkv, scale) for own in work])
     return gradients
 
@@ -182,24 +214,25 @@ def _gradients(
 def _add_part(
     tiles: Tiles,
     gradient: Gradient,
-    queries: slice,
-    keys: slice,
+    place: tuple[slice, slice, slice],
     given: Sequence[Tensor],
     of_qkv: Sequence[Tensor],
     scale: float,
 ) -> None:
-    """Add the gradients of a part of the queries with a part of the keys."""
-    q, k, v, *of_queries = given
-    dq, dk, dv = of_qkv
-    held = q.new_empty(tiles.heads * SIDE * tiles.width)  # memory that is new costs more than what is added in it
+    """Add the gradients of a part of the heads, of the queries, with a part of the keys."""
+    heads, queries, keys = place
+    q, k, v, *of_queries = (t[:, heads] for t in given)
+    dq, dk, dv = (t[:, heads] for t in of_qkv)
+    own = heads if tiles.heads > 1 else slice(None)
+    memory, of_bias = tiles.memory(q), tiles.memory(q).to(q.dtype)
     for columns in slices(keys.start, keys.stop, tiles.width):
         of_keys = [t[:, :, columns] for t in (k, v, dk, dv)]
         for rows in slices(queries.start, queries.stop, SIDE):
-            values, derivative = tiles.differentiable(rows, columns, gradient)
+            values, derivative = tiles.differentiable(rows, columns, memory, gradient)
             b = values.to(q.dtype).contiguous()
-            db = held[: b.numel()].view(b.shape).zero_()
+            db = of_bias[: b.numel()].view(b.shape).zero_()
             some_q, some_dq, *others = (t[:, :, rows] for t in (q, dq, *of_queries))
-            differentiate((some_q, *of_keys[:2], *others), b, (some_dq, *of_keys[2:]), db, scale)
+            differentiate((some_q, *of_keys[:2], *others), b[own], (some_dq, *of_keys[2:]), db[own], scale)
             gradient.add(derivative(db.to(values.dtype)), rows, columns)
             del values, b, derivative  # before the next tile's are made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,9 +12,9 @@ from torch.func import functional_call, vjp
 
 from climax_elevation.bias.base import ElevationBias, Gradients, Pullback, Tensors, leaves, map_tensors
 
-SIDE = 256  # queries of a tile
+SIDE = 512  # queries of a tile
 WIDTH = 512  # keys of a tile, at the most
-TILE_HELD = 1 << 20  # numbers that computing a tile of the bias holds: 4 MB
+TILE_HELD = 1 << 21  # numbers that computing a tile of the bias holds: 8 MB
 
 
 class Tiles:
@@ -27,24 +28,35 @@ class Tiles:
     def __init__(self, bias: ElevationBias, features: Tensors) -> None:
         self.bias, self.features = bias, features
         first = slice(0, 1)
-        self.heads = self.values(first, first).shape[0]  # that it tells apart; 1 where all share it
+        value = bias.pairwise(*bias.tile(features, first, first))[0]
+        self.heads, self.dtype = value.shape[0], value.dtype  # those that it tells apart; 1 where all share it
         pairs = max(1, TILE_HELD // (SIDE * bias.numbers_a_pair))
         self.width = min(WIDTH, 1 << (pairs.bit_length() - 1))  # a power of two, which divides the usual lengths
 
-    def values(self, rows: slice, columns: slice) -> Tensor:
-        """b of the tile, `[heads or 1, rows, columns]`."""
+    def memory(self, like: Tensor) -> Tensor:
+        """For the values of any tile: what is new with every tile costs more than what is computed in it."""
+        return like.new_empty(self.heads * SIDE * self.width, dtype=self.dtype)
+
+    def values(self, rows: slice, columns: slice, memory: Tensor) -> Tensor:
+        """b of the tile, `[heads or 1, rows, columns]`, perhaps in that memory."""
         sides = self.bias.tile(self.features, rows, columns)
-        by_hand = self.bias.pullback(*sides, ())
+        by_hand = self.bias.pullback(*sides, (), self._place(rows, columns, memory))
         return (self.bias.pairwise(*sides) if by_hand is None else by_hand[0])[0]
 
-    def differentiable(self, rows: slice, columns: slice, gradient: Gradient) -> tuple[Tensor, Pullback]:
+    def differentiable(
+        self, rows: slice, columns: slice, memory: Tensor, gradient: Gradient
+    ) -> tuple[Tensor, Pullback]:
         """b of the tile, and what gives the gradients of what `gradient` sums from that of b."""
         query, key = self.bias.tile(self.features, rows, columns)
-        by_hand = self.bias.pullback(query, key, gradient.indices)
+        by_hand = self.bias.pullback(query, key, gradient.indices, self._place(rows, columns, memory))
         if by_hand is None:
             return self._by_machine(query, key, gradient)
         b, pullback = by_hand
         return b[0], lambda db: pullback(db[None])
+
+    def _place(self, rows: slice, columns: slice, memory: Tensor) -> Tensor:
+        size = (1, self.heads, rows.stop - rows.start, columns.stop - columns.start)
+        return memory[: math.prod(size)].view(size)
 
     def _by_machine(self, query: Tensors, key: Tensors, gradient: Gradient) -> tuple[Tensor, Pullback]:
         pairwise = _Pairwise(self.bias)

@@ -86,7 +86,9 @@ class ElevationBias(nn.Module):
         """Bias of every query with every key, `[B or 1, heads or 1, Lq, Lk]`, from the features of both."""
         raise NotImplementedError(f"{type(self).__name__} does not define pairwise(query, key)")
 
-    def pullback(self, query: Tensors, key: Tensors, wanted: Sequence[int]) -> tuple[Tensor, Pullback] | None:
+    def pullback(
+        self, query: Tensors, key: Tensors, wanted: Sequence[int], out: Tensor | None = None
+    ) -> tuple[Tensor, Pullback] | None:
         """`pairwise`, and what turns the gradient of its values into those of the parameters and of features.
 
         None, unless a subclass differentiates by hand: then engines do it by machine, which takes longer.
@@ -94,6 +96,7 @@ class ElevationBias(nn.Module):
         Args:
             query, key: As of `pairwise`.
             wanted: Which of the features, counted as `leaves` does, have a gradient.
+            out: Where the values may be written, rather than to memory that is new.
         """
         return None
 

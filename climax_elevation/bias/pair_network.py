@@ -69,18 +69,18 @@ def _(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return query.new_empty(len(query), len(weight), query.shape[1], key.shape[1])
 
 
-def pair_values(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`pair_network`, for whoever differentiates by hand."""
-    values = query.new_empty(len(query), len(weight), query.shape[1], key.shape[1])
+def pair_values(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """`pair_network`, for whoever differentiates by hand; written to `out` where it is given."""
+    values = query.new_empty(len(query), len(weight), query.shape[1], key.shape[1]) if out is None else out
     if compiled.available(query, key, weight, bias):
         rest = [t.contiguous() for t in (key, weight, bias)]
-        for q, k, out in zip(query.contiguous(), rest[0], values, strict=True):
+        for q, k, own in zip(query.contiguous(), rest[0], values, strict=True):
             parts = shares(len(q), SIDE, q.device)
-            at_once([partial(_compiled, "pair_values", q[some], k, *rest[1:], out[None, :, some]) for some in parts])
+            at_once([partial(_compiled, "pair_values", q[some], k, *rest[1:], own[None, :, some]) for some in parts])
         return values
-    for q, k, out in zip(query, key, values, strict=True):
+    for q, k, own in zip(query, key, values, strict=True):
         for some in _blocks(q, k):
-            torch.addmm(bias[:, None], weight, _hidden(q[some], k).flatten(0, 1).T, out=out[:, some].flatten(1))
+            torch.addmm(bias[:, None], weight, _hidden(q[some], k).flatten(0, 1).T, out=own[:, some].flatten(1))
     return values
 
 

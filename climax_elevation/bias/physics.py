@@ -93,13 +93,15 @@ class PhysicsBias(ElevationBias):
             bias = bias * wind_modulation(self.wind_beta, query[1], key[1])
         return bias[:, None]
 
-    def pullback(self, query: Tensors, key: Tensors, wanted: Sequence[int]) -> tuple[Tensor, Pullback] | None:
+    def pullback(
+        self, query: Tensors, key: Tensors, wanted: Sequence[int], out: Tensor | None = None
+    ) -> tuple[Tensor, Pullback] | None:
         """b = -alpha (r - beta r s), so dalpha = -sum db (r - beta r s) and dbeta = alpha sum db r s."""
         if wanted:
             return None
         parameters = [parameter.detach() for parameter in self.parameters()]
         if compiled.available(*query, *key) and len(query[0]) == len(query[-1]) == 1:
-            return self._compiled(query, key, *map(float, parameters))
+            return self._compiled(query, key, out, *map(float, parameters))
         alpha, *beta = parameters
         drop = penalised(key[0][:, None, :] - query[0][:, :, None], self.direction)
         eased = drop * wind_share(query[1], key[1]) if beta else None
@@ -111,11 +113,13 @@ class PhysicsBias(ElevationBias):
 
         return (-alpha.to(drop.dtype) * cost)[:, None], gradients
 
-    def _compiled(self, query: Tensors, key: Tensors, alpha: float, beta: float = 0.0) -> tuple[Tensor, Pullback]:
+    def _compiled(
+        self, query: Tensors, key: Tensors, out: Tensor | None, alpha: float, beta: float = 0.0
+    ) -> tuple[Tensor, Pullback]:
         """`pullback` in loops that keep no more of a tile than its values."""
         tokens = [side[index].contiguous() for index in (0, -1) for side in (query, key)]
         sizes = (int(self.wind), query[0].shape[1], key[0].shape[1])
-        b = query[0].new_empty(1, 1, *sizes[1:])
+        b = query[0].new_empty(1, 1, *sizes[1:]) if out is None else out
         compiled.call("physics_values", *tokens, b, *PENALISED[self.direction], alpha, beta, *sizes)
 
         def gradients(db: Tensor) -> Gradients:

@@ -118,7 +118,9 @@ class RelativePositionBias3D(ElevationBias):
         values = torch.addmm(bias[:, None], weight, hidden.flatten(0, 2).T)
         return values.unflatten(1, hidden.shape[:3]).transpose(0, 1)
 
-    def pullback(self, query: Tensors, key: Tensors, wanted: Sequence[int]) -> tuple[Tensor, Pullback] | None:
+    def pullback(
+        self, query: Tensors, key: Tensors, wanted: Sequence[int], out: Tensor | None = None
+    ) -> tuple[Tensor, Pullback] | None:
         """The gradient of `pair_network`; that of the first layer is the features'."""
         if self.coords != "normalized":
             return None
@@ -132,7 +134,7 @@ class RelativePositionBias3D(ElevationBias):
             of_query, of_key = [of_q, None], [None, of_k]
             return of_parameters, [of_query[index] for index in wanted], [of_key[index] for index in wanted]
 
-        return pair_values(q, k, weight, bias), gradients
+        return pair_values(q, k, weight, bias, out), gradients
 
     def _offsets(self, q: Tensor, k: Tensor) -> Tensor:
         """Eastward and northward offset in 1000 km, upward in km, `[..., 3]`."""

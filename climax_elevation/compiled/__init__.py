@@ -6,7 +6,6 @@ compiler everything works all the same, by torch's own operations, which take lo
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import logging
@@ -98,13 +97,13 @@ def load() -> ctypes.CDLL:
     if os.environ.get(SWITCH) == "0":
         raise NotCompiled(f"{SWITCH} is 0: unset it to have its loops compiled")
     compiler, blas = _compiler(), _blas()
-    place = _folder() / f"loops-{_fingerprint(compiler)}.so"
-    if not place.exists():
-        _compile(compiler, place)
     try:
+        place = _folder() / f"loops-{_fingerprint(compiler)}.so"
+        if not place.exists():
+            _compile(compiler, place)
         found = ctypes.CDLL(str(place))
-    except OSError as error:
-        raise NotCompiled(f"what was compiled cannot be loaded ({error}): delete {place}") from error
+    except OSError as error:  # a full disk, or a folder whose programs may not be run
+        raise NotCompiled(f"{error}: set XDG_CACHE_HOME to a folder for what is compiled") from error
     found.use_blas(*blas)
     return found
 
@@ -130,9 +129,11 @@ def _compiler() -> list[str]:
 
 def _folder() -> Path:
     """A folder of caches that can be written to; the processes of a user share it."""
-    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "climax_elevation"
-    with contextlib.suppress(OSError):
+    try:
+        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "climax_elevation"
         kept.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # the latter where a user has no home
+        return _own_folder()
     return kept if os.access(kept, os.W_OK) else _own_folder()
 
 

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t KEYS = 512; // at once, for 256 queries or so: two buffers of them stay in the second cache
+constexpr int64_t QUERIES = 256, KEYS = 512; // at once: two buffers of their pairs stay in the second cache
 
 template <class T>
 using Gemm = void (*)(const char *, const char *, const int *, const int *, const int *, const T *, const T *,
@@ -38,35 +38,35 @@ void product(int64_t m, int64_t n, int64_t k, T alpha, Matrix<T> a, Matrix<T> b,
 template <class T>
 void gather(T *s, const T *b, int64_t columns, T &highest, T &sum, T *out, int64_t width) {
     const T lowest = -std::numeric_limits<T>::infinity();
-    Wide<T> high = all(lowest), weights_sum = {};
-    across<T>(columns, [&](auto read, auto write) {
-        const Wide<T> logits = read(s, lowest) + read(b, T(0));
-        high = larger(high, logits);
-        write(s, logits);
+    Wide<T> high[] = {all(lowest), all(lowest)}, weights_sum[2] = {};
+    across<T>(columns, [&](auto read, auto, int turn) {
+        high[turn] = larger(high[turn], read(s, lowest) + read(b, T(0)));
     });
     const T before = highest;
-    highest = larger(before, largest<T>(high));
-    across<T>(columns, [&](auto read, auto write) {
-        const Wide<T> weights = exponential(read(s, lowest) - highest);
-        weights_sum += weights;
+    highest = larger(before, largest<T>(larger(high[0], high[1])));
+    across<T>(columns, [&](auto read, auto write, int turn) {
+        const Wide<T> weights = exponential(read(s, lowest) + read(b, T(0)) - highest);
+        weights_sum[turn] += weights;
         write(s, weights);
     });
-    const T share = std::exp(before - highest);
-    sum = sum * share + total<T>(weights_sum);
-    if (highest != before)
-        across<T>(width, [&](auto read, auto write) { write(out, read(out, T(0)) * share); });
+    if (highest != before) {
+        const T share = std::exp(before - highest);
+        sum *= share;
+        across<T>(width, [&](auto read, auto write, int) { write(out, read(out, T(0)) * share); });
+    }
+    sum += total<T>(weights_sum[0] + weights_sum[1]);
 }
 
 // s becomes the probabilities e^(s + b - logsumexp).
 template <class T> void normalise(T *s, const T *b, int64_t columns, T logsumexp) {
-    across<T>(columns, [&](auto read, auto write) {
+    across<T>(columns, [&](auto read, auto write, int) {
         write(s, exponential(read(s, T(0)) + (read(b, T(0)) - logsumexp)));
     });
 }
 
 // dp becomes ds = p (dp - delta), which db takes too.
 template <class T> void differentiate(T *dp, const T *p, T *db, int64_t columns, T delta) {
-    across<T>(columns, [&](auto read, auto write) {
+    across<T>(columns, [&](auto read, auto write, int) {
         const Wide<T> ds = read(p, T(0)) * (read(dp, T(0)) - delta);
         write(dp, ds);
         write(db, read(db, T(0)) + ds);
@@ -79,23 +79,28 @@ template <class T> T *buffer(int which, int64_t numbers) {
     return kept[which].data();
 }
 
+// Calls body(sample, head, queries from, how many, keys from, how many).
+template <class Body> void in_blocks(int64_t samples, int64_t heads, int64_t rows, int64_t columns, Body body) {
+    for (int64_t sample = 0; sample < samples; sample++)
+        for (int64_t head = 0; head < heads; head++)
+            for (int64_t at = 0; at < columns; at += KEYS)
+                for (int64_t top = 0; top < rows; top += QUERIES)
+                    body(sample, head, top, std::min(QUERIES, rows - top), at, std::min(KEYS, columns - at));
+}
+
 template <class T>
 void attend(const View<T> &q, const View<T> &k, const View<T> &v, const View<T> &b, const View<T> &highest,
             const View<T> &sums, const View<T> &out, double scale, int64_t samples, int64_t heads, int64_t rows,
             int64_t columns, int64_t width, int64_t width_v) {
-    T *s = buffer<T>(0, rows * KEYS);
-    for (int64_t sample = 0; sample < samples; sample++)
-        for (int64_t head = 0; head < heads; head++)
-            for (int64_t at = 0; at < columns; at += KEYS) {
-                const int64_t keys = std::min(KEYS, columns - at);
-                const Matrix<T> weights{s, keys}, o{out.at(sample, head), out.row};
-                const Matrix<T> k_some{k.at(sample, head, at), k.row}, v_some{v.at(sample, head, at), v.row};
-                product<T>(rows, keys, width, scale, {q.at(sample, head), q.row}, k_some.t(), 0, weights);
-                for (int64_t row = 0; row < rows; row++)
-                    gather(s + row * keys, b.at(0, head, row) + at, keys, *highest.at(sample, head, row),
-                           *sums.at(sample, head, row), out.at(sample, head, row), width_v);
-                product<T>(rows, width_v, keys, 1, weights, v_some, 1, o);
-            }
+    in_blocks(samples, heads, rows, columns, [&](auto sample, auto head, auto top, auto some, auto at, auto keys) {
+        const auto of = [&](auto &view, int64_t row) { return Matrix<T>{view.at(sample, head, row), view.row}; };
+        const Matrix<T> weights{buffer<T>(0, QUERIES * KEYS), keys};
+        product<T>(some, keys, width, scale, of(q, top), of(k, at).t(), 0, weights);
+        for (int64_t row = 0; row < some; row++)
+            gather(weights.data + row * keys, b.at(0, head, top + row) + at, keys, *highest.at(sample, head, top + row),
+                   *sums.at(sample, head, top + row), out.at(sample, head, top + row), width_v);
+        product<T>(some, width_v, keys, 1, weights, of(v, at), 1, of(out, top));
+    });
 }
 
 template <class T>
@@ -103,27 +108,20 @@ void differentiate(const View<T> &q, const View<T> &k, const View<T> &v, const V
                    const View<T> &delta, const View<T> &b, const View<T> &dq, const View<T> &dk, const View<T> &dv,
                    const View<T> &db, double scale, int64_t samples, int64_t heads, int64_t rows, int64_t columns,
                    int64_t width, int64_t width_v) {
-    T *p_held = buffer<T>(0, rows * KEYS), *ds_held = buffer<T>(1, rows * KEYS);
-    for (int64_t sample = 0; sample < samples; sample++)
-        for (int64_t head = 0; head < heads; head++)
-            for (int64_t at = 0; at < columns; at += KEYS) {
-                const int64_t keys = std::min(KEYS, columns - at);
-                const Matrix<T> p{p_held, keys}, ds{ds_held, keys};
-                const Matrix<T> q_{q.at(sample, head), q.row}, grad_{grad.at(sample, head), grad.row};
-                const Matrix<T> k_{k.at(sample, head, at), k.row}, v_{v.at(sample, head, at), v.row};
-                const Matrix<T> dq_{dq.at(sample, head), dq.row};
-                const Matrix<T> dk_{dk.at(sample, head, at), dk.row}, dv_{dv.at(sample, head, at), dv.row};
-                product<T>(rows, keys, width, scale, q_, k_.t(), 0, p);
-                for (int64_t row = 0; row < rows; row++)
-                    normalise(p.data + row * keys, b.at(0, head, row) + at, keys, *logsumexp.at(sample, head, row));
-                product<T>(keys, width_v, rows, 1, p.t(), grad_, 1, dv_);
-                product<T>(rows, keys, width_v, 1, grad_, v_.t(), 0, ds);
-                for (int64_t row = 0; row < rows; row++)
-                    differentiate(ds.data + row * keys, p.data + row * keys, db.at(0, head, row) + at, keys,
-                                  *delta.at(sample, head, row));
-                product<T>(rows, width, keys, scale, ds, k_, 1, dq_);
-                product<T>(keys, width, rows, scale, ds.t(), q_, 1, dk_);
-            }
+    in_blocks(samples, heads, rows, columns, [&](auto sample, auto head, auto top, auto some, auto at, auto keys) {
+        const auto of = [&](auto &view, int64_t row) { return Matrix<T>{view.at(sample, head, row), view.row}; };
+        const Matrix<T> p{buffer<T>(0, QUERIES * KEYS), keys}, ds{buffer<T>(1, QUERIES * KEYS), keys};
+        product<T>(some, keys, width, scale, of(q, top), of(k, at).t(), 0, p);
+        for (int64_t row = 0; row < some; row++)
+            normalise(p.data + row * keys, b.at(0, head, top + row) + at, keys, *logsumexp.at(sample, head, top + row));
+        product<T>(keys, width_v, some, 1, p.t(), of(grad, top), 1, of(dv, at));
+        product<T>(some, keys, width_v, 1, of(grad, top), of(v, at).t(), 0, ds);
+        for (int64_t row = 0; row < some; row++)
+            differentiate(ds.data + row * keys, p.data + row * keys, db.at(0, head, top + row) + at, keys,
+                          *delta.at(sample, head, top + row));
+        product<T>(some, width, keys, scale, ds, of(k, at), 1, of(dq, top));
+        product<T>(keys, width, some, scale, ds.t(), of(q, top), 1, of(dk, at));
+    });
 }
 
 } // namespace

@@ -21,7 +21,7 @@ template <class T> struct Pairs {
 template <class T, bool WIND>
 void values(const Pairs<T> &pairs, const View<T> &b, T alpha, T beta, int64_t rows, int64_t columns) {
     for (int64_t row = 0; row < rows; row++)
-        across<T>(columns, [&](auto read, auto write) {
+        across<T>(columns, [&](auto read, auto write, int) {
             const Wide<T> r = pairs.penalised(row, read(pairs.z_key, T(0)));
             const Wide<T> s = WIND ? pairs.share(row, read(pairs.e_key, T(0))) : Wide<T>{};
             write(b.at(0, 0, row), r * (s * beta - 1) * alpha);
@@ -32,7 +32,7 @@ template <class T, bool WIND>
 void sums(const Pairs<T> &pairs, const View<T> &db, double *found, int64_t rows, int64_t columns) {
     for (int64_t row = 0; row < rows; row++) {
         Wide<T> of_r = {}, of_rs = {};
-        across<T>(columns, [&](auto read, auto) {
+        across<T>(columns, [&](auto read, auto, int) {
             const Wide<T> part = pairs.penalised(row, read(pairs.z_key, T(0))) * read(db.at(0, 0, row), T(0));
             of_r += part;
             if constexpr (WIND) of_rs += part * pairs.share(row, read(pairs.e_key, T(0)));

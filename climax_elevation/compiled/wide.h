@@ -59,21 +59,32 @@ template <class T> inline void store(T *to, Wide<T> values, int64_t count) {
 // What is not a number stays so in the first argument, and is passed over in the second.
 template <class V> inline V larger(V one, V other) { return other > one ? other : one; }
 
+// All lanes as one: halves of them together, again and again.
+template <class T, int BYTES_LEFT, class Join> inline T joined(const T *lanes, Join join) {
+    if constexpr (BYTES_LEFT == sizeof(T)) return *lanes;
+    else {
+        typedef T half __attribute__((vector_size(BYTES_LEFT / 2)));
+        half one, other;
+        std::memcpy(&one, lanes, BYTES_LEFT / 2);
+        std::memcpy(&other, lanes + BYTES_LEFT / 2 / sizeof(T), BYTES_LEFT / 2);
+        one = join(one, other);
+        return joined<T, BYTES_LEFT / 2>((const T *)&one, join);
+    }
+}
+
 template <class T> inline T total(Wide<T> values) {
-    T sum = 0;
-    for (int lane = 0; lane < LANES<T>; lane++) sum += values[lane];
-    return sum;
+    return joined<T, BYTES>((const T *)&values, [](auto one, auto other) { return one + other; });
 }
 
 template <class T> inline T largest(Wide<T> values) {
-    T found = values[0];
-    for (int lane = 1; lane < LANES<T>; lane++) found = larger(found, T(values[lane]));
-    return found;
+    return joined<T, BYTES>((const T *)&values, [](auto one, auto other) { return larger(one, other); });
 }
 
-// e^x to about one unit in the last place; 0 below -87. x = n log 2 + r, and a polynomial in r (Cephes' expf).
+// e^x to about one unit in the last place, for x up to 88; 0 below -87.33. x = n log 2 + r, and a polynomial in r
+// (Cephes' expf).
 inline Wide<float> exponential(Wide<float> x) {
-    const Wide<float> within = larger(x < 88.37f ? x : x - x + 88.37f, all(-87.33f));
+    const auto tiny = x < -87.33f;
+    const Wide<float> within = tiny ? all(-87.33f) : x;
     const Wide<float> shifted = within * 1.44269504f + 12582912.0f; // the nearest integer, in the low bits
     const Wide<float> n = shifted - 12582912.0f;
     const Wide<float> r = within - n * 0.693359375f + n * 2.12194440e-4f;
@@ -85,7 +96,7 @@ inline Wide<float> exponential(Wide<float> x) {
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
     const Of<float>::bits power = ((Of<float>::bits)shifted << 23) + (127 << 23);
-    return x < -87.33f ? Wide<float>{} : y * (Wide<float>)power;
+    return tiny ? Wide<float>{} : y * (Wide<float>)power;
 }
 
 inline Wide<double> exponential(Wide<double> x) {
@@ -93,13 +104,23 @@ inline Wide<double> exponential(Wide<double> x) {
     return x;
 }
 
-// Calls body(read, write) for all columns, a set of lanes at a time; behind the last, `read` gives what it is told.
+// Calls body(read, write, turn) for all columns, a set of lanes at a time; behind the last, `read` gives what it is
+// told. `turn` is 0 and 1 by turns: a sum of each need not wait for the other.
 template <class T, class Body> inline void across(int64_t columns, Body body) {
     int64_t at = 0;
-    for (; at + LANES<T> <= columns; at += LANES<T>)
-        body([&](const T *from, T) { return load(from + at); }, [&](T *to, Wide<T> values) { store(to + at, values); });
+    const auto read = [&](const T *from, T) { return load(from + at); };
+    const auto write = [&](T *to, Wide<T> values) { store(to + at, values); };
+    for (; at + 2 * LANES<T> <= columns; at += LANES<T>) {
+        body(read, write, 0);
+        at += LANES<T>;
+        body(read, write, 1);
+    }
+    if (at + LANES<T> <= columns) {
+        body(read, write, 0);
+        at += LANES<T>;
+    }
     const int64_t left = columns - at;
     if (left > 0)
         body([&](const T *from, T behind) { return load(from + at, left, behind); },
-             [&](T *to, Wide<T> values) { store(to + at, values, left); });
+             [&](T *to, Wide<T> values) { store(to + at, values, left); }, 0);
 }
