@@ -6,7 +6,7 @@ import shutil
 import pytest
 from engines import CPU_ENGINES
 
-from climax_elevation import attention, available_biases
+from climax_elevation import attention, available_biases, compiled
 from climax_elevation.doctor import Finding, Level, doctor, render, status
 from climax_elevation.errors import InputError
 from climax_elevation.upstream.patching import apply, package_folder, revert
@@ -85,6 +85,17 @@ def test_engines_that_fail_or_differ_are_wrong(no_climax, monkeypatch):
     assert "no kernel" in texts["engine broken"]
     assert "0.01 off the reference" in texts["engine wrong"]
     assert status(findings) == 1
+
+
+def test_without_a_compiler_nothing_is_wrong(no_climax, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    finding = found("compiled loops")
+    assert finding.level is Level.NOTE
+    assert finding.text == "none: no C++ compiler: CXX, 'no-such-compiler', is not there; install GCC or Clang"
+    assert status(doctor()) == 0
+    monkeypatch.delenv("CXX")
+    if compiled.library() is not None:
+        assert found("compiled loops").level is Level.OK
 
 
 def test_missing_git_is_wrong_only_with_a_climax_to_patch(no_climax, monkeypatch):
