@@ -14,6 +14,8 @@ from itertools import pairwise
 
 import torch
 
+GRAIN = 64  # tokens: parts begin at multiples of it
+
 
 def at_once(tasks: Sequence[Callable[[], None]]) -> None:
     """Run tasks that do not write to the same memory, one a thread, without recording gradients."""
@@ -49,11 +51,15 @@ def _run(task: Callable[[], None], inference: bool) -> None:
 
 
 def shares(count: int, side: int, device: torch.device, others: int = 1) -> list[slice]:
-    """`count` tokens, or heads, in as many parts as there are cores to use, of whole tiles of `side`.
+    """`count` tokens, or heads, in parts of much the same size: one a core, but no more than there are tiles.
 
-    Each of them may come in as many as `others` parts in another dimension.
+    Args:
+        count: Of tokens or heads.
+        side: Of a tile, which may end within it, but at a multiple of `GRAIN`.
+        device: Where they are; on others than the CPU there is one part.
+        others: Parts in another dimension, in which each of these comes.
     """
-    tiles = -(-count // side)
+    tiles, grain = -(-count // side), min(side, GRAIN)
     parts = min(max(1, torch.get_num_threads() // others), tiles) if device.type == "cpu" else 1
-    edges = [min(count, tiles * part // parts * side) for part in range(parts + 1)]
+    edges = [min(count, -(-(count * part // parts) // grain) * grain) for part in range(parts)] + [count]
     return [slice(start, stop) for start, stop in pairwise(edges)]

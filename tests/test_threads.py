@@ -21,14 +21,23 @@ def three_threads():
     torch.set_num_threads(before)
 
 
-def test_shares_are_whole_tiles_in_order(three_threads):
+def test_shares_are_in_order_and_much_of_a_size(three_threads):
     cpu = torch.device("cpu")
-    assert shares(1000, 256, cpu) == [slice(0, 256), slice(256, 512), slice(512, 1000)]
+    assert shares(1000, 256, cpu) == [slice(0, 384), slice(384, 704), slice(704, 1000)]
     assert shares(256, 256, cpu) == [slice(0, 256)]
     assert shares(5, 2, cpu) == [slice(0, 2), slice(2, 4), slice(4, 5)]
     assert shares(1000, 256, torch.device("cuda")) == [slice(0, 1000)]
     assert shares(16, 1, cpu, others=2) == [slice(0, 16)]
     assert shares(1, 1, cpu, others=1) == [slice(0, 1)]
+
+
+@pytest.mark.parametrize("side", [1, 7, 65, 512])
+def test_shares_are_all_there_is_and_no_token_twice(three_threads, side):
+    for count in range(1, 1600, 13):
+        for others in (1, 2, 4):
+            parts = shares(count, side, torch.device("cpu"), others)
+            assert [place for part in parts for place in range(part.start, part.stop)] == list(range(count))
+            assert all(part.stop > part.start for part in parts)
 
 
 def test_tasks_run_on_one_thread_each_and_record_nothing(three_threads):
