@@ -193,6 +193,6 @@ def test_sources_are_part_of_the_package():
 
 
 def test_a_compiler_may_come_with_arguments(cache, monkeypatch):
-    monkeypatch.setenv("CXX", f"{compiled._compiler()[0]} -DANOTHER")
+    monkeypatch.setenv("CXX", " ".join([*compiled._compiler(), "-DANOTHER"]))
     compiled.load()
     assert len(list(cache.iterdir())) == 1
