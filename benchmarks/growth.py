@@ -2,6 +2,8 @@
 
     python benchmarks/growth.py --json benchmarks/results/growth_cpu.json --plot docs/growth
 
+Where the JSON is already there, it is printed and drawn again; delete it to measure anew.
+
 Each point is a process of its own that may take `--limit-gb` of address space; where that is not enough, the
 point is left out. A short run first loads what libraries load. Then comes one forward and backward, or, below
 16384 tokens, the median of three. Memory is the peak of the first over what was held before.
@@ -102,8 +104,21 @@ def main() -> None:
     options = parser.parse_args()
     if not options.json.exists():
         options.json.write_text(json.dumps(everything(options), indent=1))
+    found = json.loads(options.json.read_text())
+    print(table(found))
     if options.plot:
-        plot(json.loads(options.json.read_text()), options.plot)
+        plot(found, options.plot)
+
+
+def table(found: dict) -> str:
+    """A line a point, with its time over that of unbiased attention."""
+    plain = {p["tokens"]: p["seconds"] for p in found["points"][UNBIASED]}
+    lines = ["| engine | tokens | seconds | over unbiased | memory |", "|---" * 5 + "|"]
+    for engine, points in found["points"].items():
+        for p in points:
+            ratio = p["seconds"] / plain[p["tokens"]]
+            lines.append(f"| {engine} | {p['tokens']} | {p['seconds']:.4f} | {ratio:.2f} | {p['mb']:.0f} MB |")
+    return "\n".join(lines)
 
 
 def everything(options: argparse.Namespace) -> dict:

@@ -26,7 +26,7 @@ def at_once(tasks: Sequence[Callable[[], None]]) -> None:
         return
     threads = torch.get_num_threads()
     try:
-        running = [_pool(len(others)).submit(_run, task, inference) for task in others]
+        running = [_pool(max(1, threads - 1)).submit(_run, task, inference) for task in others]
         torch.set_num_threads(1)
         _run(first, inference)
         for task in running:

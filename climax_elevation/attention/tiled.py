@@ -75,10 +75,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     out, logsumexp = torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3])
     q, k, v = map(packed, (q, k, v))
+    heads, parts = _shares(q)
     for samples, own in _terrains(q.shape[0], features):
         tiles = Tiles(living[handle], _nested(nesting, own))
         given, results = ([t[samples] for t in some] for some in ((q, k, v), (out, logsumexp)))
-        heads, parts = _shares(q)
         at_once([partial(_attend, tiles, some, rows, given, results, scale) for some in heads for rows in parts])
     return out, logsumexp
 
@@ -104,7 +104,7 @@ def _attend(
 ) -> None:
     """Attention of a part of heads and queries, of samples that share a bias; its logsumexp is the second result."""
     q, k, v = (t[:, heads] for t in given)
-    own = heads if tiles.heads > 1 else slice(None)
+    own = tiles.of(heads)
     memory = tiles.memory(q)
     for rows in slices(part.start, part.stop, SIDE):
         out, logsumexp = (result[:, heads, rows] for result in results)
@@ -223,8 +223,9 @@ def _add_part(
     heads, queries, keys = place
     q, k, v, *of_queries = (t[:, heads] for t in given)
     dq, dk, dv = (t[:, heads] for t in of_qkv)
-    own = heads if tiles.heads > 1 else slice(None)
-    memory, of_bias = tiles.memory(q), tiles.memory(q).to(q.dtype)
+    own = tiles.of(heads)
+    memory = tiles.memory(q)
+    of_bias = torch.empty_like(memory, dtype=q.dtype)
     for columns in slices(keys.start, keys.stop, tiles.width):
         of_keys = [t[:, :, columns] for t in (k, v, dk, dv)]
         for rows in slices(queries.start, queries.stop, SIDE):

@@ -33,6 +33,10 @@ class Tiles:
         pairs = max(1, TILE_HELD // (SIDE * bias.numbers_a_pair))
         self.width = min(WIDTH, 1 << (pairs.bit_length() - 1))  # a power of two, which divides the usual lengths
 
+    def of(self, heads: slice) -> slice:
+        """Where the values for some heads are: all share the same, or each has its own."""
+        return heads if self.heads > 1 else slice(None)
+
     def memory(self, like: Tensor) -> Tensor:
         """For the values of any tile: what is new with every tile costs more than what is computed in it."""
         return like.new_empty(self.heads * SIDE * self.width, dtype=self.dtype)

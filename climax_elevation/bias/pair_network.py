@@ -76,7 +76,20 @@ def pair_values(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, out: T
         rest = [t.contiguous() for t in (key, weight, bias)]
         for q, k, own in zip(query.contiguous(), rest[0], values, strict=True):
             parts = shares(len(q), SIDE, q.device)
-            at_once([partial(_compiled, "pair_values", q[some], k, *rest[1:], own[None, :, some]) for some in parts])
+            at_once(
+                [
+                    partial(
+                        compiled.call,
+                        "pair_values",
+                        q[some],
+                        k,
+                        *rest[1:],
+                        own[None, :, some],
+                        *_sizes(q[some], k, weight),
+                    )
+                    for some in parts
+                ]
+            )
         return values
     for q, k, own in zip(query, key, values, strict=True):
         for some in _blocks(q, k):
@@ -111,7 +124,12 @@ def pair_gradients(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> 
             work = zip(parts, sums, strict=True)
             at_once(
                 [
-                    partial(_compiled, "pair_gradients", db[None, :, some], q[some], k, weight, dq[some], *own)
+                    partial(
+                        compiled.call,
+                        "pair_gradients",
+                        *(db[None, :, some], q[some], k, weight, dq[some], *own),
+                        *_sizes(q[some], k, weight),
+                    )
                     for some, own in work
                 ]
             )
@@ -132,11 +150,9 @@ def pair_gradients(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> 
     return [of_query, of_key, of_weight, of_bias]
 
 
-def _compiled(loop: str, *tensors: Tensor) -> None:
-    """The loop for the pairs of some queries, of which the first or fifth tensor is the bias or its gradient."""
-    b = next(tensor for tensor in tensors if tensor.dim() == 4)
-    units = next(tensor for tensor in tensors if tensor.dim() == 2).shape[1]
-    compiled.call(loop, *tensors, *b.shape[1:], units)
+def _sizes(query: Tensor, key: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """Heads, queries, keys and units, as the loops take them."""
+    return len(weight), len(query), *key.shape
 
 
 def _blocks(query: Tensor, key: Tensor) -> Iterator[slice]:

@@ -108,8 +108,10 @@ class PhysicsBias(ElevationBias):
         cost = drop if eased is None else drop - beta[0].to(drop.dtype) * eased
 
         def gradients(db: Tensor) -> Gradients:
-            of_alpha = -(db[:, 0] * cost).sum()
-            return self._named(of_alpha, None if eased is None else alpha * (db[:, 0] * eased).sum())
+            found = [-(db[:, 0] * cost).sum()]
+            if eased is not None:
+                found.append(alpha * (db[:, 0] * eased).sum())
+            return self._named(*found)
 
         return (-alpha.to(drop.dtype) * cost)[:, None], gradients
 
@@ -130,9 +132,10 @@ class PhysicsBias(ElevationBias):
 
         return b, gradients
 
-    def _named(self, of_alpha: Tensor, of_beta: Tensor | None) -> Gradients:
-        found = zip(self.named_parameters(), (of_alpha, of_beta), strict=False)
-        return {name: value.to(parameter.dtype) for (name, parameter), value in found if value is not None}, [], []
+    def _named(self, *found: Tensor) -> Gradients:
+        """Gradients of alpha and, with wind, beta: what is found of beta without it is of no parameter."""
+        pairs = zip(self.named_parameters(), found, strict=False)
+        return {name: value.to(parameter.dtype) for (name, parameter), value in pairs}, [], []
 
     def extra_repr(self) -> str:
         return (

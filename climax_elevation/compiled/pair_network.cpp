@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t SETS = 2;  // of keys, LANES in each, that are worked on at once
 constexpr int64_t UNITS = 2; // whose gradients are
+constexpr int64_t MOST = 8;  // heads that are, of which a processor has the registers for
 constexpr int64_t ROWS = 4;  // queries whose db stays in the first cache while the units pass by
 
 int64_t up_to(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
@@ -37,7 +38,7 @@ std::vector<T> transposed(const T *from, int64_t columns, int64_t units, int64_t
 // As many heads at once as there are registers for, fewer at the end.
 template <class Body> void some_at_once(int64_t heads, Body body) {
     int64_t head = 0;
-    for (; head + 8 <= heads; head += 8) body(std::integral_constant<int, 8>{}, head);
+    for (; head + MOST <= heads; head += MOST) body(std::integral_constant<int, MOST>{}, head);
     for (; head + 4 <= heads; head += 4) body(std::integral_constant<int, 4>{}, head);
     for (; head < heads; head++) body(std::integral_constant<int, 1>{}, head);
 }
@@ -82,8 +83,8 @@ void gradients(const View<T> &given, const T *queries, const T *keys, const T *w
     const int64_t width = up_to(columns, LANES<T>), height = up_to(units, UNITS);
     const auto q = padded(queries, rows, units, height), w = padded(weight, heads, units, height);
     const auto k = transposed(keys, columns, units, height, width);
-    std::vector<T> of_k(height * width), of_q(rows * height), db(width == columns ? 0 : 8 * ROWS * width);
-    std::vector<Wide<T>> of_w(8 * height), of_c(8);
+    std::vector<T> of_k(height * width), of_q(rows * height), db(width == columns ? 0 : MOST * ROWS * width);
+    std::vector<Wide<T>> of_w(MOST * height), of_c(MOST);
     some_at_once(heads, [&](auto count, int64_t first) {
         constexpr int HEADS = decltype(count)::value;
         std::fill(of_w.begin(), of_w.end(), Wide<T>{});
@@ -104,7 +105,7 @@ void gradients(const View<T> &given, const T *queries, const T *keys, const T *w
                 Wide<T> sums_w[UNITS][HEADS], own_w[UNITS][HEADS];
                 for (int u = 0; u < UNITS; u++)
                     for (int head = 0; head < HEADS; head++) {
-                        sums_w[u][head] = of_w[(unit + u) * 8 + head];
+                        sums_w[u][head] = of_w[(unit + u) * MOST + head];
                         own_w[u][head] = all(w[(first + head) * height + unit + u]);
                     }
                 for (int64_t row = top; row < bottom; row++) {
@@ -132,13 +133,13 @@ void gradients(const View<T> &given, const T *queries, const T *keys, const T *w
                     for (int u = 0; u < UNITS; u++) of_q[row * height + unit + u] += total<T>(sums_q[u]);
                 }
                 for (int u = 0; u < UNITS; u++)
-                    for (int head = 0; head < HEADS; head++) of_w[(unit + u) * 8 + head] = sums_w[u][head];
+                    for (int head = 0; head < HEADS; head++) of_w[(unit + u) * MOST + head] = sums_w[u][head];
             }
         }
         for (int head = 0; head < HEADS; head++) {
             dc[first + head] += total<T>(of_c[head]);
             for (int64_t unit = 0; unit < units; unit++)
-                dw[(first + head) * units + unit] += total<T>(of_w[unit * 8 + head]);
+                dw[(first + head) * units + unit] += total<T>(of_w[unit * MOST + head]);
         }
     });
     for (int64_t row = 0; row < rows; row++)
