@@ -34,6 +34,7 @@ def register_bias(name: str) -> Callable[[BiasClass], BiasClass]:
                 f"{_biases[name].__qualname__}); choose another name"
             )
         _biases[name] = bias_class
+        bias_class.registered_name = name
         return bias_class
 
     return register

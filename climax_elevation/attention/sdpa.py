@@ -1,10 +1,14 @@
 """Torch's fused attention, with the bias as its mask, or as extra columns where it has exact factors."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from climax_elevation.bias.base import ElevationBias, Tensors
+from climax_elevation.transforms import transforming
 
 WIDE = (torch.float32, torch.float64)  # in these, factors are exact enough
 
@@ -23,7 +27,7 @@ def sdpa_attention(
     Torch wants the mask in q's type: in half precision the bias is rounded to it, by at most
     |b| * 2^-11 in float16 and |b| * 2^-9 in bfloat16. Factors are used in float32 and wider only.
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), _kernels():
         factors = bias.factors(*inputs) if q.dtype in WIDE else None
         if factors is None:
             return scaled_dot_product_attention(
@@ -39,3 +43,8 @@ def sdpa_attention(
             scale=1.0,
         )
         return padded[..., : v.shape[-1]]
+
+
+def _kernels() -> AbstractContextManager[None]:
+    """All that torch has; under torch.func the plain one, since the fused ones have no gradient of their mask there."""
+    return sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext()

@@ -11,7 +11,10 @@ db goes straight into the bias's own parameters and features: by the bias's own 
 else by differentiating that tile of `pairwise` again. The order of tiles is fixed, so a run repeats exactly.
 Half precision is computed in float32.
 
-Both directions are custom operators, which torch.compile passes over without a break.
+The engine is a function of its arguments alone: of q, k, v, features, the bias's parameters and buffers, and of what
+else the bias is. Called plainly, that is the bias itself, as it was when it was called. In compiled and exported
+programs both directions are custom operators, which torch.compile passes over without a break; they take the bias as
+data (`bias.as_data`).
 """
 
 from __future__ import annotations
@@ -21,18 +24,21 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from climax_elevation.attention.tile import attend, differentiate
-from climax_elevation.attention.tiles import SIDE, Gradient, Tiles, twin
-from climax_elevation.bias.base import ElevationBias, Tensors, leaves, living, map_tensors
+from climax_elevation.attention.tiles import SIDE, Gradient, Tiles
+from climax_elevation.bias.as_data import described, given_values, tensors_of, with_tensors
+from climax_elevation.bias.base import ElevationBias, Tensors, leaves, map_tensors
 from climax_elevation.compiled import packed
 from climax_elevation.errors import InputError
 from climax_elevation.slices import slices
 from climax_elevation.threads import at_once, shares
+from climax_elevation.transforms import each_in_turn
 
 
 def tiled_attention(
@@ -52,40 +58,110 @@ def tiled_attention(
         wide = torch.promote_types(q.dtype, torch.float32)
         wide_q, wide_k, wide_v = (t.to(wide) for t in (q, k, v))
         nesting = repr(map_tensors(lambda _: 0, features))  # type: ignore[arg-type, return-value]
-        parameters = list(bias.parameters())
-        out, _ = _forward(wide_q, wide_k, wide_v, list(leaves(features)), parameters, nesting, bias.handle, scale)
+        own, flat = tensors_of(bias), list(leaves(features))
+        if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
+            out, _ = _operator(wide_q, wide_k, wide_v, flat, list(own.values()), nesting, described(bias), scale)
+        else:
+            given = _Given(with_tensors(bias, {}), tuple(own), nesting, len(flat), scale)
+            out, _ = _Tiled.apply(given, wide_q, wide_k, wide_v, *flat, *own.values())
         return out.to(v.dtype)
 
 
-@torch.library.custom_op(
-    "climax_elevation::tiled_attention",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor[] features, Tensor[] parameters, str nesting, int handle, "
-    "float scale) -> (Tensor, Tensor)",
-)
+class _Given(NamedTuple):
+    """What attention depends on besides tensors.
+
+    Attributes:
+        bias: With its settings; its parameters and buffers come beside it.
+        names: Of those.
+        nesting: Of its features.
+        features: How many they are.
+        scale: Of products of queries and keys.
+    """
+
+    bias: ElevationBias
+    names: tuple[str, ...]
+    nesting: str
+    features: int
+    scale: float
+
+    def split(self, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], ElevationBias]:
+        """Features, and the bias with its own tensors, of what came in one row."""
+        features, own = tensors[: self.features], tensors[self.features :]
+        return features, with_tensors(self.bias, dict(zip(self.names, own, strict=True)))
+
+
+class _Tiled(torch.autograd.Function):
+    """`_forward`, as torch.autograd and torch.func differentiate it."""
+
+    @staticmethod
+    def forward(given: _Given, q: Tensor, k: Tensor, v: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return _forward(q, k, v, *given.split(tensors), given.nesting, given.scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        given, *tensors = inputs
+        ctx.given = given
+        ctx.save_for_backward(*output, *tensors)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = tuple(ctx.needs_input_grad[4:])
+        of_qkv_and_wanted = _TiledBackward.apply(ctx.given, wanted, grad, *ctx.saved_tensors)
+        others = iter(of_qkv_and_wanted[3:])
+        return None, *of_qkv_and_wanted[:3], *(next(others) if is_wanted else None for is_wanted in wanted)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        return each_in_turn(_Tiled, info, in_dims, inputs)
+
+
+class _TiledBackward(torch.autograd.Function):
+    """`_backward`, of which there is no derivative."""
+
+    @staticmethod
+    def forward(
+        given: _Given,
+        wanted: tuple[bool, ...],
+        grad: Tensor,
+        out: Tensor,
+        logsumexp: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        features, bias = given.split(tensors)
+        of_features = [index for index in range(given.features) if wanted[index]]
+        learned = [name for name, is_wanted in zip(given.names, wanted[given.features :], strict=True) if is_wanted]
+        known = (grad, q, k, v, out, logsumexp)
+        return tuple(_backward(known, features, bias, of_features, learned, given.nesting, given.scale))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise InputError("the engine 'tiled' has no second derivative: choose 'dense' where one is wanted")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        return each_in_turn(_TiledBackward, info, in_dims, inputs)
+
+
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    nesting: str,
-    handle: int,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, features: Sequence[Tensor], bias: ElevationBias, nesting: str, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Attention, and the logsumexp of each row of logits."""
     out, logsumexp = torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3])
     q, k, v = map(packed, (q, k, v))
     heads, parts = _shares(q)
     for samples, own in _terrains(q.shape[0], features):
-        tiles = Tiles(living[handle], _nested(nesting, own))
+        tiles = Tiles(bias, _nested(nesting, own))
         given, results = ([t[samples] for t in some] for some in ((q, k, v), (out, logsumexp)))
         at_once([partial(_attend, tiles, some, rows, given, results, scale) for some in heads for rows in parts])
     return out, logsumexp
-
-
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3])
 
 
 def _shares(q: Tensor) -> tuple[list[slice], list[slice]]:
@@ -117,37 +193,32 @@ def _attend(
         logsumexp += sums.log()
 
 
-@torch.library.custom_op(
-    "climax_elevation::tiled_attention_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor[] features, "
-    "Tensor[] parameters, int[] wanted, str nesting, int handle, float scale) -> Tensor[]",
-)
 def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
+    known: Sequence[Tensor],
     features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
+    bias: ElevationBias,
     wanted: Sequence[int],
+    learned: Sequence[str],
     nesting: str,
-    handle: int,
     scale: float,
 ) -> list[Tensor]:
-    bias = living[handle]
-    grad, q, k, v = map(packed, (grad, q, k, v))
+    """Gradients of q, k and v, of the features at the indices `wanted`, and of the parameters `learned`.
+
+    `known` are the gradient of what came out, q, k, v, what came out, and logsumexp.
+    """
+    grad, q, k, v = map(packed, known[:4])
+    out, logsumexp = known[4:]
     of_features = {index: torch.zeros_like(features[index]) for index in wanted}
-    of_parameters = {name: torch.zeros_like(parameter) for name, parameter in bias.named_parameters()}
+    own_parameters = dict(bias.named_parameters())
+    of_parameters = {name: torch.zeros_like(own_parameters[name]) for name in learned}
     delta = torch.empty_like(logsumexp)
     of_qkv = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)]
     heads, parts = _shares(q)
     at_once([partial(_begin, some, part, (grad, out), (delta, *of_qkv)) for some in heads for part in parts])
     for samples, own in _terrains(q.shape[0], features):
         given = [t[samples] for t in (q, k, v, grad, logsumexp, delta)]
-        for gradient in _gradients(bias, _nested(nesting, own), wanted, given, [t[samples] for t in of_qkv], scale):
+        nested, sums = _nested(nesting, own), [t[samples] for t in of_qkv]
+        for gradient in _gradients(bias, nested, learned, wanted, given, sums, scale):
             for name, part in gradient.parameters.items():
                 of_parameters[name] += part
             for index, total in of_features.items():
@@ -155,23 +226,6 @@ def _backward(
                 assert found is not None
                 total[samples if len(total) > 1 else slice(None)] += found
     return [*of_qkv, *of_features.values(), *of_parameters.values()]
-
-
-@_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    features: Sequence[Tensor],
-    parameters: Sequence[Tensor],
-    wanted: Sequence[int],
-    *_: Any,
-) -> list[Tensor]:
-    likes = [q, k, v, *(features[index] for index in wanted), *parameters]
-    return [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
 
 
 def _begin(heads: slice, part: slice, given: Sequence[Tensor], begun: Sequence[Tensor]) -> None:
@@ -190,6 +244,7 @@ def _begin(heads: slice, part: slice, given: Sequence[Tensor], begun: Sequence[T
 def _gradients(
     bias: ElevationBias,
     features: Tensors,
+    learned: Sequence[str],
     wanted: Sequence[int],
     given: Sequence[Tensor],
     of_qkv: Sequence[Tensor],
@@ -201,8 +256,8 @@ def _gradients(
     goes around the queries, one step behind the next: no two of them ever add to the same.
     """
     heads, parts = _shares(given[0])
-    tiles = [Tiles(twin(bias), features) for _ in heads for _ in parts]
-    gradients = [Gradient(own.bias, list(leaves(features)), wanted) for own in tiles]
+    tiles = [Tiles(with_tensors(bias, {}), features) for _ in heads for _ in parts]
+    gradients = [Gradient(own.bias, list(leaves(features)), learned, wanted) for own in tiles]
     for step in range(len(parts)):
         pairs = zip(parts[step:] + parts[:step], parts, strict=True)
         places = [(some, *pair) for some, pair in product(heads, pairs)]
@@ -248,28 +303,100 @@ def _terrains(batch: int, features: Sequence[Tensor]) -> Iterator[tuple[slice, l
         yield one, [feature if len(feature) == 1 else feature[one] for feature in features]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, features, parameters, *rest = inputs
-    ctx.save_for_backward(q, k, v, *output, *features, *parameters)
-    ctx.counts, ctx.rest = (len(features), len(parameters)), rest
-    ctx.bias = living.get(rest[1])  # lest it go before the gradient comes
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    q, k, v, out, logsumexp, *others = ctx.saved_tensors
-    features, parameters = others[: ctx.counts[0]], others[ctx.counts[0] :]
-    wanted = [index for index, feature in enumerate(features) if feature.requires_grad]
-    found = _backward(grad, q, k, v, out, logsumexp, features, parameters, wanted, *ctx.rest)
-    of_features: list[Tensor | None] = [None] * len(features)
-    for index, total in zip(wanted, found[3:], strict=False):
-        of_features[index] = total
-    return *found[:3], of_features, found[3 + len(wanted) :], None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
 def _nested(nesting: str, tensors: Sequence[Tensor]) -> Tensors:
     """The tensors in the nesting that `repr` wrote."""
     following = iter(tensors)
     return map_tensors(lambda _: next(following), ast.literal_eval(nesting))
+
+
+@torch.library.custom_op(
+    "climax_elevation::tiled_attention",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor[] features, Tensor[] of_bias, str nesting, str bias, float scale) "
+    "-> (Tensor, Tensor)",
+)
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    features: Sequence[Tensor],
+    of_bias: Sequence[Tensor],
+    nesting: str,
+    bias: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _forward(q, k, v, features, given_values(bias, of_bias), nesting, scale)
+
+
+@_operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(v, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3])
+
+
+@torch.library.custom_op(
+    "climax_elevation::tiled_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor logsumexp, Tensor[] features, "
+    "Tensor[] of_bias, int[] wanted, int[] learned, str nesting, str bias, float scale) -> Tensor[]",
+)
+def _operator_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    features: Sequence[Tensor],
+    of_bias: Sequence[Tensor],
+    wanted: Sequence[int],
+    learned: Sequence[int],
+    nesting: str,
+    bias: str,
+    scale: float,
+) -> list[Tensor]:
+    own = given_values(bias, of_bias)
+    names = list(tensors_of(own))
+    known = (grad, q, k, v, out, logsumexp)
+    return _backward(known, features, own, wanted, [names[index] for index in learned], nesting, scale)
+
+
+@_operator_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    features: Sequence[Tensor],
+    of_bias: Sequence[Tensor],
+    wanted: Sequence[int],
+    learned: Sequence[int],
+    *_: Any,
+) -> list[Tensor]:
+    likes = [q, k, v, *(features[index] for index in wanted), *(of_bias[index] for index in learned)]
+    return [torch.empty_like(like, memory_format=torch.contiguous_format) for like in likes]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, features, of_bias, *rest = inputs
+    ctx.save_for_backward(q, k, v, *output, *features, *of_bias)
+    ctx.count, ctx.rest = len(features), rest
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    q, k, v, out, logsumexp, *others = ctx.saved_tensors
+    features, of_bias = others[: ctx.count], others[ctx.count :]
+    wanted, learned = ([index for index, t in enumerate(some) if t.requires_grad] for some in (features, of_bias))
+    found = _operator_backward(grad, q, k, v, out, logsumexp, features, of_bias, wanted, learned, *ctx.rest)
+    return *found[:3], *_placed(found[3:], (features, wanted), (of_bias, learned)), None, None, None
+
+
+def _placed(found: Sequence[Tensor], *sides: tuple[Sequence[Tensor], Sequence[int]]) -> Iterator[list[Tensor | None]]:
+    """Gradients at their indices, None at the others, for each side in turn."""
+    following = iter(found)
+    for tensors, indices in sides:
+        yield [next(following) if index in indices else None for index in range(len(tensors))]
+
+
+_operator.register_autograd(_differentiate, setup_context=_save)

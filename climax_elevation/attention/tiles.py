@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -52,7 +51,9 @@ class Tiles:
     ) -> tuple[Tensor, Pullback]:
         """b of the tile, and what gives the gradients of what `gradient` sums from that of b."""
         query, key = self.bias.tile(self.features, rows, columns)
-        by_hand = self.bias.pullback(query, key, gradient.indices, self._place(rows, columns, memory))
+        by_hand = None
+        if gradient.known:
+            by_hand = self.bias.pullback(query, key, gradient.indices, self._place(rows, columns, memory))
         if by_hand is None:
             return self._by_machine(query, key, gradient)
         b, pullback = by_hand
@@ -91,11 +92,16 @@ class Gradient:
     Args:
         bias: Whose parameters they are.
         features: Of one sample, `[1, L, ...]`.
+        learned: Names of the parameters whose gradient is wanted.
         wanted: Indices of those features whose gradient is wanted.
     """
 
-    def __init__(self, bias: ElevationBias, features: Sequence[Tensor], wanted: Sequence[int]) -> None:
-        self.learned = {name: parameter for name, parameter in bias.named_parameters() if parameter.requires_grad}
+    def __init__(
+        self, bias: ElevationBias, features: Sequence[Tensor], learned: Sequence[str], wanted: Sequence[int]
+    ) -> None:
+        everything = dict(bias.named_parameters())
+        self.known = everything.keys() <= bias.differentiated  # by the bias's `pullback`
+        self.learned = {name: everything[name] for name in learned}
         self.parameters = {name: torch.zeros_like(parameter) for name, parameter in self.learned.items()}
         self.indices = wanted
         self.features = [torch.zeros_like(f) if index in wanted else None for index, f in enumerate(features)]
@@ -119,15 +125,3 @@ class Gradient:
             for total, of_side in zip(wanted, side, strict=True):
                 if of_side is not None:
                     total[:, place] += of_side
-
-
-def twin(module: ElevationBias) -> ElevationBias:
-    """The same parameters and buffers in a module of its own, in which another thread may replace them."""
-    return _twin(module)  # type: ignore[return-value]
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    other = copy.copy(module)
-    other._parameters = module._parameters.copy()
-    other._modules = {name: child and _twin(child) for name, child in module._modules.items()}
-    return other

@@ -14,6 +14,7 @@ from climax_elevation.checks import positive
 from climax_elevation.errors import InputError
 from climax_elevation.registry import register_bias
 from climax_elevation.sphere import EARTH_RADIUS_M, check_latitudes, east_and_north, unit_vectors
+from climax_elevation.transforms import readable
 
 if TYPE_CHECKING:
     from climax_elevation.terrain import Terrain
@@ -78,7 +79,7 @@ class AdvectionBias(ElevationBias):
     def inputs(self, terrain: Terrain) -> Tensors:
         """X and the travel w t / R of each patch, in Earth radii: `[1, L, 3]` and `[B, L, 3]`; 2 on a plane."""
         terrain.require(self.needs | _place(terrain), "the advection bias")
-        if not torch.compiler.is_compiling() and bool(self.patch_rad.isnan()):
+        if readable(self.patch_rad) and bool(self.patch_rad.isnan()):
             self.prepare(terrain)
         wind = torch.stack([terrain.u, terrain.v], dim=-1).double()  # type: ignore[list-item]
         radii_per_m_s = terrain.lead_hours.double() * (SECONDS_AN_HOUR / EARTH_RADIUS_M)  # type: ignore[union-attr]
@@ -107,7 +108,7 @@ class AdvectionBias(ElevationBias):
                 "position and travel are [batch or 1, tokens, 3], or 2 on a plane, not "
                 f"{list(position.shape)} and {list(travel.shape)}"
             )
-        if not torch.compiler.is_compiling() and bool(self.patch_rad.isnan()):
+        if readable(self.patch_rad) and bool(self.patch_rad.isnan()):
             raise InputError("the advection bias does not know its grid yet: call prepare(terrain) first")
         # in float64 and from the tokens' centre, lest float32 round away what tells neighbours apart
         position, travel = position.double(), travel.double()

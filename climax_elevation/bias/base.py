@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+
+from climax_elevation.errors import InputError
 
 if TYPE_CHECKING:
     from climax_elevation.terrain import Terrain
@@ -22,8 +26,8 @@ Gradients: TypeAlias = tuple[dict[str, Tensor], list[Tensor | None], list[Tensor
 
 Pullback: TypeAlias = Callable[[Tensor], Gradients]
 
-_handles = count()
-living: WeakValueDictionary[int, ElevationBias] = WeakValueDictionary()
+FAST = {"pullback": ("pairwise",), "factors": ("features", "pairwise")}
+"""What engines may use instead of the plain methods, and what it has to agree with."""
 
 
 class ElevationBias(nn.Module):
@@ -42,25 +46,39 @@ class ElevationBias(nn.Module):
     numbers_a_pair: int = 8
     """About how many numbers `pairwise` holds for each pair at once, by which engines choose their tiles."""
 
-    handle: int
-    """A number by which operators, which take no modules, find this one in `living`."""
+    differentiated: frozenset[str] = frozenset()
+    """Names of the parameters that `pullback` knows: where there are others, engines differentiate by machine."""
+
+    unread: frozenset[str] = frozenset({"needs", "numbers_a_pair"})
+    """Attributes that `features` and `pairwise` do not read; all others that are set are their settings."""
+
+    registered_name: str | None = None
+    """By which `register_bias` made exactly this class known."""
+
+    settings: tuple[tuple[str, str | None], ...] = ()
+    """Attributes that are neither parameters, buffers and modules nor `unread`: name and value, as `literal` has it."""
+
+    made_with: Mapping[str, str | None] = MappingProxyType({})
+    """The constructor's arguments, likewise."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__ and name not in self.unread and name != "training":
+            known = {**dict(self.settings), name: literal(value, lasting=True)}
+            self.__dict__["settings"] = tuple(known.items())
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "pairwise" in vars(cls) and "pullback" not in vars(cls):
-            cls.pullback = ElevationBias.pullback  # type: ignore[method-assign]  # the inherited one is of another pairwise
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._take_handle()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy, which needs a handle of its own
-        super().__setstate__(state)
-        self._take_handle()
-
-    def _take_handle(self) -> None:
-        self.handle = next(_handles)
-        living[self.handle] = self
+        cls.registered_name = None
+        if "__init__" in vars(cls):
+            cls.__init__ = _remembered(cls.__init__)  # type: ignore[method-assign]
+        if cls.forward is not ElevationBias.forward:
+            raise InputError(
+                f"{cls.__name__} overrides forward, which engines do not call: override features and pairwise"
+            )
+        for fast, plain in FAST.items():
+            if any(_definer(cls, name) < _definer(cls, fast) for name in plain):  # it is of another function
+                setattr(cls, fast, getattr(ElevationBias, fast))
 
     def prepare(self, terrain: Terrain, cache_dir: Path | None = None) -> None:
         """Check, and compute, what depends on the grid and its ground alone: once, before the first `inputs`.
@@ -91,7 +109,8 @@ class ElevationBias(nn.Module):
     ) -> tuple[Tensor, Pullback] | None:
         """`pairwise`, and what turns the gradient of its values into those of the parameters and of features.
 
-        None, unless a subclass differentiates by hand: then engines do it by machine, which takes longer.
+        None, unless a subclass differentiates by hand: then engines do it by machine, which takes longer. A subclass
+        with a `pairwise` of its own does not inherit it.
 
         Args:
             query, key: As of `pairwise`.
@@ -109,6 +128,8 @@ class ElevationBias(nn.Module):
         """Exact low rank where there is one: `(f, g)`, each `[B or 1, heads or 1, L, r]`.
 
         b[i, j] = f[i] . g[j] + (anything that depends on i alone, which softmax ignores)
+
+        A subclass with `features` or a `pairwise` of its own does not inherit them.
         """
         return None
 
@@ -133,6 +154,44 @@ class ElevationBias(nn.Module):
         for parameter in self.parameters():
             dtype = torch.promote_types(dtype, parameter.dtype)
         return dtype
+
+
+def literal(value: Any, lasting: bool = False) -> str | None:
+    """The value as a Python literal, if it is plain data: numbers, words, and tuples, lists and dictionaries of such.
+
+    Args:
+        value: Anything.
+        lasting: Only what cannot be changed in its place, as a list can.
+    """
+    return repr(value) if _is_plain(value, lasting) else None
+
+
+def _is_plain(value: Any, lasting: bool) -> bool:
+    if isinstance(value, dict | list) and not lasting:
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return all(_is_plain(item, lasting) for item in items)
+    if isinstance(value, tuple):
+        return all(_is_plain(item, lasting) for item in value)
+    return type(value) in (bool, int, str, type(None)) or (type(value) is float and math.isfinite(value))
+
+
+def _remembered(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that keeps its arguments: from them, as from data, the same bias is made elsewhere."""
+
+    @functools.wraps(init)
+    def keeping(self: ElevationBias, *args: Any, **kwargs: Any) -> None:
+        if "made_with" not in self.__dict__:  # else a subclass's constructor has kept its own
+            bound = inspect.signature(init).bind(self, *args, **kwargs)
+            own = list(bound.arguments.items())[1:]
+            self.__dict__["made_with"] = {name: literal(value) for name, value in own}
+        init(self, *args, **kwargs)
+
+    return keeping
+
+
+def _definer(cls: type, name: str) -> int:
+    """How far up in the order of inheritance a method is defined; 0: by the class itself."""
+    return next(place for place, base in enumerate(cls.__mro__) if name in vars(base))
 
 
 def leaves(tensors: Tensors) -> Iterator[Tensor]:

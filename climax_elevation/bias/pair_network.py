@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from climax_elevation import compiled
+from climax_elevation.errors import InputError
 from climax_elevation.slices import slices
 from climax_elevation.threads import at_once, shares
+from climax_elevation.transforms import each_in_turn
 
 HIDDEN_HELD = 1 << 19  # numbers of the hidden layer that are held, without compiled loops: 2 MB
 SIDE = 64  # queries of a thread, at the least, in compiled loops
@@ -55,8 +57,29 @@ class _PairNetwork(torch.autograd.Function):  # of operators alone, torch.func c
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return tuple(_backward(grad, *ctx.saved_tensors))
+        return _PairNetworkBackward.apply(grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        return each_in_turn(_PairNetwork, info, in_dims, inputs)
+
+
+class _PairNetworkBackward(torch.autograd.Function):  # of which there is no derivative
+    @staticmethod
+    def forward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_backward(grad, query, key, weight))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise InputError("relative_3d has no second derivative in normalized coordinates: choose coords='physical'")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        return each_in_turn(_PairNetworkBackward, info, in_dims, inputs)
 
 
 @torch.library.custom_op("climax_elevation::pair_network", mutates_args=())

@@ -49,6 +49,8 @@ class PhysicsBias(ElevationBias):
     gradient at alpha <= 0 and on high terrain; `direction` is added.
     """
 
+    differentiated = frozenset({"elevation_alpha", "wind_beta"})
+
     def __init__(
         self,
         *,
@@ -99,24 +101,21 @@ class PhysicsBias(ElevationBias):
         """b = -alpha (r - beta r s), so dalpha = -sum db (r - beta r s) and dbeta = alpha sum db r s."""
         if wanted:
             return None
-        parameters = [parameter.detach() for parameter in self.parameters()]
+        alpha, beta = self.elevation_alpha.detach(), self.wind_beta.detach() if self.wind else None
         if compiled.available(*query, *key) and len(query[0]) == len(query[-1]) == 1:
-            return self._compiled(query, key, out, *map(float, parameters))
-        alpha, *beta = parameters
+            return self._compiled(query, key, out, float(alpha), 0.0 if beta is None else float(beta))
         drop = penalised(key[0][:, None, :] - query[0][:, :, None], self.direction)
-        eased = drop * wind_share(query[1], key[1]) if beta else None
-        cost = drop if eased is None else drop - beta[0].to(drop.dtype) * eased
+        eased = None if beta is None else drop * wind_share(query[1], key[1])
+        cost = drop if eased is None or beta is None else drop - beta.to(drop.dtype) * eased
 
         def gradients(db: Tensor) -> Gradients:
-            found = [-(db[:, 0] * cost).sum()]
-            if eased is not None:
-                found.append(alpha * (db[:, 0] * eased).sum())
-            return self._named(*found)
+            of_beta = None if eased is None else alpha * (db[:, 0] * eased).sum()
+            return self._named(-(db[:, 0] * cost).sum(), of_beta)
 
         return (-alpha.to(drop.dtype) * cost)[:, None], gradients
 
     def _compiled(
-        self, query: Tensors, key: Tensors, out: Tensor | None, alpha: float, beta: float = 0.0
+        self, query: Tensors, key: Tensors, out: Tensor | None, alpha: float, beta: float
     ) -> tuple[Tensor, Pullback]:
         """`pullback` in loops that keep no more of a tile than its values."""
         tokens = [side[index].contiguous() for index in (0, -1) for side in (query, key)]
@@ -128,14 +127,15 @@ class PhysicsBias(ElevationBias):
             sums = torch.zeros(2, dtype=torch.float64)
             compiled.call("physics_sums", *tokens, compiled.packed(db), sums, *PENALISED[self.direction], *sizes)
             of_r, of_rs = sums
-            return self._named(beta * of_rs - of_r, alpha * of_rs)
+            return self._named(beta * of_rs - of_r, alpha * of_rs if self.wind else None)
 
         return b, gradients
 
-    def _named(self, *found: Tensor) -> Gradients:
-        """Gradients of alpha and, with wind, beta: what is found of beta without it is of no parameter."""
-        pairs = zip(self.named_parameters(), found, strict=False)
-        return {name: value.to(parameter.dtype) for (name, parameter), value in pairs}, [], []
+    def _named(self, of_alpha: Tensor, of_beta: Tensor | None) -> Gradients:
+        found = {"elevation_alpha": of_alpha.to(self.elevation_alpha.dtype)}
+        if of_beta is not None:
+            found["wind_beta"] = of_beta.to(self.wind_beta.dtype)
+        return found, [], []
 
     def extra_repr(self) -> str:
         return (

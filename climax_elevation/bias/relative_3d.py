@@ -61,6 +61,8 @@ class RelativePositionBias3D(ElevationBias):
     pairs; the first layer, being linear, is applied to tokens as well.
     """
 
+    differentiated = frozenset({"mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"})
+
     def __init__(
         self,
         num_heads: int,
@@ -129,8 +131,8 @@ class RelativePositionBias3D(ElevationBias):
 
         def gradients(db: Tensor) -> Gradients:
             of_q, of_k, *learned = pair_gradients(db, q, k, weight)
-            own = zip(("mlp.2.weight", "mlp.2.bias"), self.mlp[2].parameters(), learned, strict=True)
-            of_parameters = {name: found.to(parameter.dtype) for name, parameter, found in own}
+            own = zip(self.mlp[2].named_parameters(), learned, strict=True)
+            of_parameters = {f"mlp.2.{name}": found.to(parameter.dtype) for (name, parameter), found in own}
             of_query, of_key = [of_q, None], [None, of_k]
             return of_parameters, [of_query[index] for index in wanted], [of_key[index] for index in wanted]
 

@@ -61,6 +61,8 @@ class RidgeBias(ElevationBias):
     al., J. Fluid Mech. 152 (1985).
     """
 
+    unread = ElevationBias.unread | {"_paths"}  # `inputs` hands them on
+
     def __init__(
         self,
         *,

@@ -38,6 +38,10 @@ class SumBias(ElevationBias):
         """The biases, in the order in which they were named."""
         return tuple(getattr(self, name) for name in self._names)
 
+    def named_parts(self) -> tuple[tuple[str, ElevationBias], ...]:
+        """The biases by name, in the order in which they were named."""
+        return tuple(zip(self._names, self.parts, strict=True))
+
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset().union(*(part.needs for part in self.parts))
@@ -69,7 +73,7 @@ class SumBias(ElevationBias):
 
     @property
     def has_factors(self) -> bool:
-        return all(part.has_factors for part in self.parts)
+        return super().has_factors and all(part.has_factors for part in self.parts)
 
     def factors(self, *inputs: Tensors) -> tuple[Tensor, Tensor] | None:
         """All parts' factors side by side, where all have some."""
