@@ -136,9 +136,6 @@ def test_a_second_derivative_is_refused_where_there_is_none():
         first.sum().backward()
 
 
-BACKENDS = ["aot_eager", "inductor"]
-
-
 @pytest.mark.parametrize("case", EVERY_BIAS)
 def test_tiled_compiles_whole_and_agrees_with_dense(case):
     terrain = global_terrain()

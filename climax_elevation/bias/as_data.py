@@ -37,8 +37,8 @@ def why_no_data(bias: ElevationBias) -> str:
     for name, value in (*bias.made_with.items(), *_all_settings(bias)):
         if value is None:
             return (
-                f"{name!r} of {type(bias).__name__} is no number, word or tuple of such: make it a buffer, or name it in "
-                "`unread` if features and pairwise do not read it"
+                f"{name!r} of {type(bias).__name__} is no number, word or tuple of such: make it a buffer, or name it "
+                "in `unread` if features and pairwise do not read it"
             )
     return ""
 
