@@ -154,7 +154,7 @@ def _checked_host(model: nn.Module) -> Host:
             f"this {type(model).__name__} does not hand terrain to its blocks: apply the patch (climax-elevation patch "
             "apply PATH), or train it with climax-elevation train"
         )
-    if hasattr(model, "terrain"):
+    if getattr(model, "terrain", None) is not None:
         raise InputError(f"this {type(model).__name__} has a terrain bias already; attach once, to a new model")
     return cast(Host, model)
 

@@ -1,26 +1,31 @@
-"""The patch is applied as a whole or not at all, to what it was made for and to nothing else."""
+"""A series of patches is applied as a whole or not at all, to what it was made for and to nothing else."""
 
 import difflib
 import os
+import re
 import shutil
 import stat
 import subprocess
+from itertools import groupby
 
 import pytest
 
 from climax_elevation.errors import InputError
 from climax_elevation.upstream import find_climax, locate, overlay, patching
-from climax_elevation.upstream.patching import State, apply, check, package_folder, replace_all, revert
+from climax_elevation.upstream.patching import PREFIX, State, apply, check, package_folder, replace_all, revert
+from climax_elevation.upstream.series import SERIES, Patch, blob_id, read_patches
 
 TOY = {
     "arch.py": "first\nkeep\nsecond\nkeep\nsecond\nmiddle\nthird\n",
     "regional_forecast/arch.py": "one\ntwo\nthree\n",
     "climate_projection/arch.py": "alpha\nbeta\n",
+    "train.py": "old\nkeep\n",
 }
 TOY_PATCHED = {
     "arch.py": "first\nkeep\nadded\nsecond\nkeep\nsecond\nmiddle\nchanged\n",
     "regional_forecast/arch.py": "one\ntwo\nthree\nfour\n",
     "climate_projection/arch.py": "beta\n",
+    "train.py": "new\nkeep\n",
 }
 
 
@@ -38,21 +43,27 @@ def toy_patch(name):
         f"b/src/climax/{name}",
         n=1,
     )
-    return f"Why.\n\ndiff --git a/src/climax/{name} b/src/climax/{name}\n{''.join(lines)}".encode()
+    old, new = (blob_id(texts[name].encode()) for texts in (TOY, TOY_PATCHED))
+    header = f"Why.\n\ndiff --git a/src/climax/{name} b/src/climax/{name}\nindex {old}..{new} 100644\n"
+    series = "today" if name == "train.py" else "terrain"
+    return Patch(f"{series}/{name.replace('/', '-')}.patch", series, (header + "".join(lines)).encode())
+
+
+def changed_in_the_package():
+    files = {name for patch in patching.read_patches() for name in patch.files}
+    return {name.removeprefix(PREFIX) for name in files if name.startswith(PREFIX)}
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """An unpatched checkout of three short files, with a patch each."""
+    """An unpatched checkout of four short files, with a patch each."""
     folder = tmp_path / "checkout"
     package = folder / "src" / "climax"
     for name, text in TOY.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text)
     (package / "utils").mkdir()
-    ids = {name: git(tmp_path, "hash-object", str(package / name)) for name in TOY}
-    patches = [(f"{name.replace('/', '-')}.patch", toy_patch(name)) for name in TOY]
-    monkeypatch.setattr(patching, "ORIGINALS", ids)
+    patches = sorted((toy_patch(name) for name in TOY), key=lambda patch: SERIES.index(patch.series))
     monkeypatch.setattr(patching, "read_patches", lambda: patches)
     return folder
 
@@ -85,7 +96,7 @@ def test_apply_and_revert_are_whole_and_repeatable(checkout):
     patched = contents(checkout)
     assert check(checkout).state is State.PATCHED
     changed = {str(path.relative_to(checkout / "src/climax")) for path in before if patched[path] != before[path]}
-    assert changed == set(patching.ORIGINALS)
+    assert changed == changed_in_the_package()
     assert patched.keys() == before.keys()  # nothing staged is left behind
 
     assert "nothing to do" in apply(checkout)
@@ -231,18 +242,34 @@ def test_what_is_not_climax(tmp_path):
         check(tmp_path)
 
 
-def test_published_patches_are_short_and_say_why():
-    patches = dict(patching.read_patches())
-    assert len(patches) == 3
-    touched = set()
-    for name, patch in patches.items():
-        header, _, change = patch.decode().partition("diff --git ")
-        assert header.strip(), f"{name} does not say what it is for"
-        lines = change.splitlines()
-        touched |= {line.removeprefix("+++ b/src/climax/") for line in lines if line.startswith("+++ ")}
-        if "src/climax/arch.py " in lines[0]:
-            assert sum(line.startswith("+") and not line.startswith("+++") for line in lines) <= 15
-    assert touched == set(patching.ORIGINALS)
+def test_published_patches_are_mails_that_say_why_with_little_context():
+    patches = read_patches()
+    assert {patch.series for patch in patches} == set(SERIES)
+    for patch in patches:
+        header, _, change = patch.content.decode().partition("diff --git ")
+        assert re.match(r"From \S+ .*\nFrom: .+<.+@.+>\nDate: .+\nSubject: \[PATCH \d+/\d+\] .+\n\n", joined(header))
+        assert len(header.partition("\n\n")[2].strip()) > 40, f"{patch.name} does not say what it is for"
+        assert patch.files
+        runs = [len(list(lines)) for same, lines in groupby(change.splitlines(), lambda line: line[:1] == " ") if same]
+        assert max(runs, default=0) <= 2, f"{patch.name} has more context than git needs"
+
+
+def joined(header):
+    """Folded lines of a mail's header in one."""
+    return re.sub(r"\n[ \t]+", " ", header)
+
+
+def test_the_flag_costs_few_lines():
+    added = [
+        line
+        for patch in read_patches()
+        if patch.series == "terrain"
+        for part in patch.content.decode().split("diff --git ")[1:]
+        if part.startswith("a/src/climax/arch.py ")
+        for line in part.splitlines()
+        if line.startswith("+") and not line.startswith("+++")
+    ]
+    assert 0 < len(added) <= 18
 
 
 def test_overlay_leaves_the_copy_alone_and_nothing_behind(checkout):
