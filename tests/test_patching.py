@@ -203,6 +203,113 @@ def test_local_changes_are_refused_with_the_commit(checkout, action):
     assert contents(checkout) == before
 
 
+@pytest.fixture
+def whole(climax, tmp_path):
+    """A copy of ClimaX's checkout, with what is around the package."""
+    if not (climax / "pyproject.toml").is_file():
+        pytest.skip("this ClimaX is an installation, without what is around the package")
+    folder = tmp_path / "whole"
+    shutil.copytree(climax, folder, ignore=shutil.ignore_patterns(".git", "__pycache__", "assets", "snakemake_configs"))
+    revert(folder)
+    return folder
+
+
+def test_what_is_around_the_package_is_patched_with_it(whole):
+    before = contents(whole)
+    apply(whole)
+    patched = contents(whole)
+    new = {str(path.relative_to(whole)) for path in patched.keys() - before.keys()}
+    assert new == {"configs/terrain.yaml", "docs/reference/terrain.md", "tests/test_terrain.py"}
+    assert all(stat.S_IMODE((whole / name).stat().st_mode) == 0o644 for name in new)
+    assert b"gpus:" not in patched[whole / "configs/global_forecast_climax.yaml"]
+    revert(whole)
+    assert contents(whole) == before
+
+
+@pytest.mark.parametrize("action", [apply, revert])
+def test_a_failure_between_new_files_leaves_none(whole, monkeypatch, action):
+    if action is revert:
+        apply(whole)
+    before = contents(whole)
+    last = "tests/test_terrain.py" if action is apply else "src/climax/regional_forecast/train.py"
+    replace = os.replace
+    failed = []
+
+    def failing(source, destination):
+        if str(destination).endswith(last) and not failed:
+            failed.append(destination)
+            raise OSError("disk full")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(InputError, match=r"disk full.*nothing was changed"):
+        action(whole)
+    assert failed
+    assert contents(whole) == before
+
+
+def test_a_users_own_yaml_is_left_alone_and_named(whole):
+    file = whole / "configs" / "global_forecast_climax.yaml"
+    file.write_text(file.read_text().replace("max_epochs: 100\n", "max_epochs: 7\n"))
+    (whole / "tests" / "test_terrain.py").write_text("mine = True\n")
+    before = contents(whole)
+    told = apply(whole)
+    for name in ("configs/global_forecast_climax.yaml", "tests/test_terrain.py"):
+        assert name in told.partition("left alone")[2]
+        assert name in check(whole).left
+        assert contents(whole)[whole / name] == before[whole / name]
+    assert check(whole).state is State.PATCHED
+    assert "nothing to do" in apply(whole)
+    revert(whole)
+    assert contents(whole) == before
+
+
+def test_each_series_by_itself(checkout):
+    unpatched = contents(checkout)
+    for first, second in (SERIES, SERIES[::-1]):
+        assert f"patched with {first}" in apply(checkout, first)
+        assert [check(checkout, series).state for series in (first, second)] == [State.PATCHED, State.UNPATCHED]
+        found = check(checkout)
+        assert found.state is State.PARTLY
+        assert f"with {first}, not with {second}" in found.sentence
+        one = contents(checkout)
+        apply(checkout, second)
+        assert check(checkout).state is State.PATCHED
+        revert(checkout, second)
+        assert contents(checkout) == one
+        apply(checkout)
+        revert(checkout, first)
+        assert [check(checkout, series).state for series in (first, second)] == [State.UNPATCHED, State.PATCHED]
+        revert(checkout)
+        assert contents(checkout) == unpatched
+    with pytest.raises(InputError, match="series"):
+        apply(checkout, "tomorrow")
+
+
+def test_local_changes_matter_only_to_the_series_that_touch_them(toy):
+    target(toy, "train.py").write_text("old\nkeep\nmine\n")
+    assert check(toy, "today").state is State.MODIFIED
+    apply(toy, "terrain")
+    assert check(toy, "terrain").state is State.PATCHED
+    assert target(toy, "train.py").read_text() == "old\nkeep\nmine\n"
+
+
+def test_some_patches_of_a_series_are_half_of_it(checkout):
+    """As after some of `git am`."""
+    before = contents(checkout)
+    apply(checkout, "today")
+    first = patching.read_patches()[0]
+    for name in first.files:
+        file = target(checkout, name.removeprefix(PREFIX))
+        file.write_bytes(before[file])
+    found = check(checkout, "today")
+    if len({name for patch in patching.read_patches() if patch.series == "today" for name in patch.files}) > 1:
+        assert found.state is State.HALF
+        assert "half patched with today" in found.sentence
+    apply(checkout, "today")
+    assert check(checkout, "today").state is State.PATCHED
+
+
 def test_a_patched_copy_with_a_hunk_elsewhere_is_not_taken_for_patched(toy):
     apply(toy)
     file = target(toy)
@@ -303,6 +410,14 @@ def test_overlay_takes_local_changes_that_the_patches_fit(toy, caplog):
     target(toy).write_text("something else\n")
     with pytest.raises(InputError, match="patches do not fit"), overlay(find_climax(toy), patched=True):
         pass
+
+
+def test_overlay_leaves_out_what_somebody_has_done_already(toy, caplog):
+    target(toy, "train.py").write_text("newer\nkeep\n")
+    with overlay(find_climax(toy), patched=True) as folder:
+        assert (folder / "climax" / "train.py").read_text() == "newer\nkeep\n"
+        assert (folder / "climax" / "arch.py").read_text() == TOY_PATCHED["arch.py"]
+    assert "today/train.py.patch does not fit its local changes" in caplog.text
 
 
 def test_order_of_looking_for_climax(toy, tmp_path, monkeypatch):
