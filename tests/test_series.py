@@ -218,6 +218,16 @@ for module, net in (
     assert done.returncode == 0, done.stderr
 
 
+def test_the_readme_counts_files_and_lines_as_they_are():
+    described = (Path(__file__).parents[1] / "patches" / "README.md").read_text()
+    for patch in PATCHES:
+        lines = [line for line in patch.content.decode().partition("\ndiff --git ")[2].splitlines() if line]
+        added = sum(line[0] == "+" and not line.startswith("+++ ") for line in lines)
+        removed = sum(line[0] == "-" and not line.startswith("--- ") for line in lines)
+        name = Path(patch.name).stem
+        assert f"| `{name}` | {len(patch.files)} | +{added} -{removed} |" in described
+
+
 def test_a_series_has_each_name_once_in_order():
     for series in SERIES:
         numbers = [int(patch.name.split("/")[1][:4]) for patch in PATCHES if patch.series == series]
