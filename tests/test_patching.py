@@ -329,6 +329,7 @@ def test_some_patches_of_a_series_are_half_of_it(checkout):
     if len({name for patch in patching.read_patches() if patch.series == "today" for name in patch.files}) > 1:
         assert found.state is State.HALF
         assert "half patched with today" in found.sentence
+        assert "patch apply --series today" in found.sentence
     apply(checkout, "today")
     assert check(checkout, "today").state is State.PATCHED
 
