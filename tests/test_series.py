@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from climax_elevation.upstream.series import SERIES, read_patches
 
 PATCHES = read_patches()
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("CLIMAX_SRC", "NODES")}
+OTHERS = list(filter(None, [os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +99,12 @@ def test_after_each_patch_climax_imports_and_its_tests_and_numbers_hold(checkout
     aware = looked_at(names[on_top:], folders[on_top:])
 
     before = bare.pop("unmodified")
-    assert "climax.arch" in before["missing"]
-    assert before["status"] == pytest.ExitCode.INTERRUPTED, "its tests cannot be collected"
+    assert "climax.global_forecast.train" in before["missing"]
+    if version("timm").startswith("0.6."):  # the last that has the names of its time
+        assert before["status"] == pytest.ExitCode.TESTS_FAILED
+    else:
+        assert "climax.arch" in before["missing"]
+        assert before["status"] == pytest.ExitCode.INTERRUPTED, "its tests cannot be collected"
     for number, (name, after) in enumerate((bare | aware).items(), 1):
         assert "climax.arch" not in after["missing"], name
         assert number < 2 or not after["missing"], f"{name}: {after['missing']}"
@@ -146,7 +152,7 @@ def script(folder, module, out, data, *extra, path=()):
         # upstream's pretraining asks for the number of nodes, and its YAML for a place to write to
         env=ENVIRONMENT
         | {"OMP_NUM_THREADS": "1", "NODES": "1", "OUTPUT_DIR": str(out), "AMLT_OUTPUT_DIR": str(out)}
-        | {"PYTHONPATH": os.pathsep.join(map(str, [*path, folder / "src"]))},
+        | {"PYTHONPATH": os.pathsep.join(map(str, [*path, folder / "src", *OTHERS]))},
         capture_output=True,
         text=True,
         timeout=300,
@@ -217,7 +223,7 @@ for module, net in (
 """
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "old.ckpt")],
-        env=ENVIRONMENT | {"PYTHONPATH": str(today / "src")},
+        env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, [today / "src", *OTHERS]))},
         capture_output=True,
         text=True,
         check=False,
