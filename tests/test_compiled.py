@@ -125,6 +125,41 @@ def test_the_exponential_is_right_to_the_last_places_over_all_its_range(dtype):
     assert error < (2.5e-7 if dtype == torch.float32 else 1e-15)
 
 
+def test_the_exponential_has_the_range_of_its_type():
+    """Also above 0, as a wind far below its threshold has it; dv of one query is e^(b - logsumexp)."""
+    x = torch.cat([torch.linspace(-87, 88.72, 20011), torch.tensor([0.0, 88.0, 88.01, 88.3, 88.5])])
+    beyond = torch.tensor([88.8, 89.0, 100.0, 1e4, 3e38, math.inf])
+    powers = exponential(torch.cat([x, beyond, -beyond, torch.tensor([math.nan])]))
+    exact = x.double().exp()
+    assert ((powers[: len(x)].double() - exact) / exact).abs().max() < 2.5e-7
+    assert powers[len(x) : -1].tolist() == [math.inf] * 6 + [0.0] * 6
+    assert powers[-1].isnan()
+
+
+def exponential(x):
+    """As compiled loops have it."""
+    keys = len(x)
+    one, zero, many = x.new_ones(1, 1, 1, 1), x.new_zeros(1, 1, 1), x.new_zeros(1, 1, keys, 1)
+    of_qkv = [torch.zeros_like(t) for t in (one, many, many)]
+    b, at_most = x[None, None].contiguous(), x.new_zeros(1, 1, 1, 1)
+    differentiate((at_most, many, many, one, zero, zero), b, of_qkv, torch.zeros_like(b), 1.0)
+    return of_qkv[2].flatten()
+
+
+@pytest.mark.parametrize("threshold", [-1000.0, -180.0, 100.0, 180.0, 1000.0, 1e30])
+def test_any_threshold_of_wind_is_as_the_reference_has_it(threshold):
+    torch.manual_seed(0)
+    bias = PhysicsBias(alpha_init=3.0, beta_init=0.8, wind_threshold_m_s=threshold)
+    z, w = torch.rand(1, 300) * 3000, torch.rand(1, 300) * 20
+    q, k, v = torch.randn(3, 1, 2, 300, 8)
+    found = []
+    for engine in ("dense", "tiled"):
+        out = biased_attention(q, k, v, bias, (z, w), engine=engine)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [*bias.parameters()])])
+    for want, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_far_below_has_no_weight_and_what_is_not_a_number_spoils_its_row_alone():
     weights, highest, total = softmax(torch.tensor([0.0, -1e30, -math.inf, -88.0]))
     assert weights.tolist() == [1, 0, 0, 0]
