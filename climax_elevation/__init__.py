@@ -9,7 +9,7 @@ from climax_elevation.bias import (
     build_bias,
     compute_patch_coords_3d,
 )
-from climax_elevation.block import Attention3D, PhysicsGuidedBlockCorrected
+from climax_elevation.block import Attention3D, PhysicsGuidedBlockCorrected, keep_bias
 from climax_elevation.errors import InputError
 from climax_elevation.reader import TerrainReader
 from climax_elevation.registry import available_biases, register_bias
@@ -30,5 +30,6 @@ __all__ = [
     "build_bias",
     "compute_patch_coords_3d",
     "downsample_elevation",
+    "keep_bias",
     "register_bias",
 ]

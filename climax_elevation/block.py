@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from climax_elevation.attention import biased_attention, check_engine
+from climax_elevation.attention.kept import KeptBias
 from climax_elevation.bias import ElevationBias, PhysicsBias, RelativePositionBias3D
 from climax_elevation.bias.base import Tensors, take_tokens
 from climax_elevation.errors import InputError
@@ -41,6 +42,13 @@ class BiasedAttention(nn.Module):
         self.scale: float = host.scale  # type: ignore[assignment]
         self.bias = bias
         self.engine = engine
+        self.kept: KeptBias | None = None  # see `keep_bias`
+
+    def train(self, mode: bool = True) -> BiasedAttention:
+        """As every module's; nothing is kept of the bias from here on."""
+        if mode:
+            self.kept = None
+        return super().train(mode)
 
     def forward(self, x: Tensor, bias_inputs: Tensors) -> Tensor:
         """softmax(q k^T * scale + b) v of tokens `[B, L, D]`; `bias_inputs` are `bias.forward`'s arguments."""
@@ -56,13 +64,44 @@ class BiasedAttention(nn.Module):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias_inputs: Tensors, dropout_p: float) -> Tensor:
         return biased_attention(
-            q, k, v, self.bias, bias_inputs, scale=self.scale, dropout_p=dropout_p, engine=self.engine
+            q,
+            k,
+            v,
+            self.bias,
+            bias_inputs,
+            scale=self.scale,
+            dropout_p=dropout_p,
+            engine=self.engine,
+            kept=self.kept,
         )
 
     def _part(self, name: str, x: Tensor) -> Tensor:
         """Apply a part that older versions of timm do not have."""
         part = self._modules.get(name)
         return x if part is None else part(x)
+
+
+def keep_bias(model: nn.Module) -> None:
+    """Compute each bias of a model once, for inference over one ground, and use it again from then on.
+
+    What attention gives is the same, bit for bit. Whenever inputs, parameters or settings of a bias differ from those
+    of the call before, it is computed anew: where wind modulates, nothing is gained unless it stays the same too.
+    Each block holds heads or 1 x L x L numbers (256 MB of 8192 tokens in float32, where heads share a bias), until
+    `model.train()`, which ends this.
+
+    Args:
+        model: In evaluation, with blocks made by `attach`, or one of the blocks of this package.
+
+    Raises:
+        InputError: If it is in training, or has no terrain bias.
+    """
+    if model.training:
+        raise InputError("a bias is kept for inference, and the model is in training: call model.eval() first")
+    attentions = [module for module in model.modules() if isinstance(module, BiasedAttention)]
+    if not attentions:
+        raise InputError(f"this {type(model).__name__} has no terrain bias to keep: attach one first")
+    for attention in attentions:
+        attention.kept = KeptBias()
 
 
 class Attention3D(BiasedAttention):

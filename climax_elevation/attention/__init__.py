@@ -1,16 +1,17 @@
 """Attention with a terrain bias: the engines, one file each, and the choice between them."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from climax_elevation.attention.dense import dense_attention
-from climax_elevation.attention.reuse import reused_bias
+from climax_elevation.attention.kept import KeptBias
 from climax_elevation.attention.sdpa import WIDE, sdpa_attention
 from climax_elevation.attention.tiled import tiled_attention
-from climax_elevation.attention.triton import supports, triton_attention
+from climax_elevation.attention.triton import triton_attention
+from climax_elevation.bias.as_data import why_no_data
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves
 from climax_elevation.errors import InputError
 
@@ -25,7 +26,7 @@ ENGINES: dict[str, Engine] = {
 
 TILED_FROM = {
     "cpu": 256,  # tokens; measured
-    "cuda": 4096,  # where "triton" has no kernel; not measured: from here on a mask is too large to hold
+    "cuda": 4096,  # not measured: from here on a mask is too large to hold
 }
 
 
@@ -43,9 +44,10 @@ def choose_engine(
     device: str,
     dtype: torch.dtype,
     dropout_p: float = 0.0,
-    head_widths: tuple[int, ...] = (),
 ) -> str:
     """The engine that `name` stands for; "auto" goes by what benchmarks/attention.py found, never by the clock.
+
+    On GPUs nothing has been measured, so there it is torch's own attention as long as a mask can be held.
 
     Args:
         name: An engine, or "auto".
@@ -54,15 +56,14 @@ def choose_engine(
         device: "cpu" or "cuda"; other devices are taken for the latter.
         dtype: Of queries, keys and values.
         dropout_p: Of attention weights, which only "sdpa" has among the fast ones.
-        head_widths: Of queries and values, where they are known.
     """
     check_engine(name)
     if name != "auto":
         return name
     if dropout_p > 0 or (bias.has_factors and dtype in WIDE):
         return "sdpa"
-    if device == "cuda" and supports(bias, dtype, *head_widths):
-        return "triton"
+    if torch.compiler.is_compiling() and why_no_data(bias):
+        return "sdpa"
     return "tiled" if tokens >= TILED_FROM.get(device, TILED_FROM["cuda"]) else "sdpa"
 
 
@@ -76,6 +77,7 @@ def biased_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     engine: str = "auto",
+    kept: KeptBias | None = None,
 ) -> Tensor:
     """Attention with an additive bias, before softmax.
 
@@ -89,36 +91,45 @@ def biased_attention(
         dropout_p: Probability that an attention weight is dropped.
         engine: "dense" (plain operations, the reference), "sdpa" (torch's fused attention, with b as its mask or
             as columns), "tiled" (a tile of b in memory at a time), "triton" (fused, on GPUs) or "auto".
+        kept: Where b may be kept from one call to the next; None: nowhere.
 
     Returns:
         `[B, H, L, d]` in v's type.
 
     Raises:
-        InputError: For an unknown engine, or inputs whose shapes do not match.
+        InputError: For an unknown engine, or arguments out of their range, or whose shapes, types or devices do not
+            match.
     """
+    _check_qkv(q, k, v)
+    for given in leaves(inputs):
+        if given.shape[0] not in (1, q.shape[0]) or given.shape[1] != q.shape[2] or given.device != q.device:
+            raise InputError(
+                f"the bias's inputs are [{q.shape[0]} or 1, {q.shape[2]} tokens, ...] on {q.device}, as q is, not "
+                f"{list(given.shape)} on {given.device}"
+            )
+    if not 0 <= dropout_p <= 1:
+        raise InputError(f"dropout_p is a probability, from 0 to 1, not {dropout_p!r}")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not math.isfinite(scale):
+        raise InputError(f"scale is a finite number, not {scale!r}")
+    chosen = choose_engine(engine, bias, tokens=q.shape[2], device=q.device.type, dtype=q.dtype, dropout_p=dropout_p)
+    if kept is not None:
+        bias, inputs = kept.given(bias, inputs, chosen)
+    return ENGINES[chosen](q, k, v, bias, inputs, scale, dropout_p)
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 4 or k.shape != q.shape or v.shape[:3] != q.shape[:3]:
         raise InputError(
             "q, k and v are [batch, heads, tokens, head width] of one shape, not "
             f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
         )
-    for given in leaves(inputs):
-        if given.shape[0] not in (1, q.shape[0]) or given.shape[1] != q.shape[2]:
-            raise InputError(
-                f"the bias's inputs are [{q.shape[0]} or 1, {q.shape[2]} tokens, ...], not {list(given.shape)}"
-            )
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if engine == "auto" and dropout_p == 0 and not bias.has_factors:
-        kept = reused_bias(bias, inputs, q.shape[1])
-        if kept is not None:
-            return scaled_dot_product_attention(q, k, v, attn_mask=kept.to(q.dtype), scale=scale)
-    chosen = choose_engine(
-        engine,
-        bias,
-        tokens=q.shape[2],
-        device=q.device.type,
-        dtype=q.dtype,
-        dropout_p=dropout_p,
-        head_widths=(q.shape[-1], v.shape[-1]),
-    )
-    return ENGINES[chosen](q, k, v, bias, inputs, scale, dropout_p)
+    if 0 in (*q.shape, v.shape[-1]):
+        raise InputError(f"q, k and v have at least one sample, head, token and channel each, not {list(q.shape)}")
+    if not q.is_floating_point() or q.dtype != k.dtype or q.dtype != v.dtype:
+        raise InputError(f"q, k and v are of one floating-point type, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if q.is_meta or q.device != k.device or q.device != v.device:
+        raise InputError(
+            f"q, k and v are on one device, and have values there, not on {q.device}, {k.device} and {v.device}"
+        )

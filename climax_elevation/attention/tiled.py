@@ -67,6 +67,29 @@ def tiled_attention(
         return out.to(v.dtype)
 
 
+def values_by_tiles(bias: ElevationBias, inputs: Tensors) -> Tensor:
+    """The dense bias over one ground, `[1, heads or 1, L, L]`, in the very tiles of attention.
+
+    Args:
+        bias: Whose values are wanted.
+        inputs: The arguments of its `forward`, `[1, L, ...]`.
+    """
+    with torch.autocast(next(leaves(inputs)).device.type, enabled=False):
+        features = bias.features(*inputs)
+        tiles, some = Tiles(bias, features), next(leaves(features))
+        tokens = some.shape[1]
+        values = some.new_empty((1, tiles.heads, tokens, tokens), dtype=tiles.dtype)
+        at_once([partial(_fill, tiles, part, values) for part in shares(tokens, SIDE, values.device)])
+        return values
+
+
+def _fill(tiles: Tiles, part: slice, values: Tensor) -> None:
+    memory = tiles.memory(values)
+    for rows in slices(part.start, part.stop, SIDE):
+        for columns in slices(0, values.shape[-1], tiles.width):
+            values[0, :, rows, columns] = tiles.values(rows, columns, memory)
+
+
 class _Given(NamedTuple):
     """What attention depends on besides tensors.
 

@@ -65,17 +65,6 @@ TILES = {
 PAIRS = {64: Tile(32, 128, 8, 1), 128: Tile(32, 64, 8, 1)}  # of the relative bias, by hidden units up to
 
 
-def supports(bias: ElevationBias, dtype: torch.dtype, *head_widths: int) -> bool:
-    """Whether "auto" may choose this engine on a GPU: there are kernels for all this, and Triton is installed."""
-    return (
-        _has_kernels(bias)
-        and dtype in (*HALF, torch.float32)
-        and len(set(head_widths)) <= 1
-        and max(head_widths, default=0) <= WIDEST_HEAD
-        and INSTALLED
-    )
-
-
 def _has_kernels(bias: ElevationBias) -> bool:
     """Whether b is one of those that the kernels compute; not of a subclass, which may compute another."""
     if type(bias) is RelativePositionBias3D:
