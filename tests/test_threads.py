@@ -8,7 +8,7 @@ from terrains import EVERY_BIAS, global_terrain, make
 from test_tiled import both, use_tiles
 
 from climax_elevation import biased_attention
-from climax_elevation.attention import tiled
+from climax_elevation.attention.engines import tiled
 from climax_elevation.bias.as_data import with_tensors
 from climax_elevation.threads import at_once, shares
 
