@@ -28,7 +28,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from climax_elevation.attention.bias_tiles import SIDE, Gradient, Tiles
 from climax_elevation.attention.engine import Engine, Request
@@ -39,7 +38,7 @@ from climax_elevation.compiled import packed
 from climax_elevation.errors import InputError
 from climax_elevation.slices import slices
 from climax_elevation.threads import at_once, shares
-from climax_elevation.transforms import each_in_turn
+from climax_elevation.transforms import each_in_turn, tracing
 
 CHOSEN_FROM = {"cpu": 256}  # tokens; measured
 CHOSEN_ELSEWHERE_FROM = 4096  # not measured: from here on a mask is too large to hold
@@ -63,7 +62,7 @@ def tiled_attention(
         wide_q, wide_k, wide_v = (t.to(wide) for t in (q, k, v))
         nesting = repr(map_tensors(lambda _: 0, features))  # type: ignore[arg-type, return-value]
         own, flat = tensors_of(bias), list(leaves(features))
-        if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
+        if tracing(q):
             out, _ = _operator(wide_q, wide_k, wide_v, flat, list(own.values()), nesting, described(bias), scale)
         else:
             given = _Given(with_tensors(bias, {}), tuple(own), nesting, len(flat), scale)
