@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from climax_elevation.data.format import check_degrees
 from climax_elevation.elevation_file import ElevationField
 from climax_elevation.errors import InputError
 from climax_elevation.order import wind_order
@@ -148,10 +149,12 @@ class TerrainReader(nn.Module):
         for kind, variables in wanted.items():
             if variables and all(name in mean and name in std for name in variables):
                 for name in variables:
-                    if not std[name] > 0:
+                    if not 0 < std[name] < math.inf:
                         raise InputError(
                             f"the standard deviation of {name!r} from {source} is above 0, not {std[name]}"
                         )
+                    if not math.isfinite(mean[name]):
+                        raise InputError(f"the mean of {name!r} from {source} is a finite number, not {mean[name]}")
                 shape = getattr(self, f"{kind}_mean").shape
                 self._store(f"{kind}_mean", np.reshape([mean[name] for name in variables], shape), source)
                 self._store(f"{kind}_std", np.reshape([std[name] for name in variables], shape), source)
@@ -167,6 +170,7 @@ class TerrainReader(nn.Module):
             InputError: If they do not fit the input, or disagree with what is known.
         """
         lat, lon = np.asarray(lat, dtype=np.float64), np.asarray(lon, dtype=np.float64)
+        check_degrees(lat, lon, source)
         if lat.ndim == 1 and lon.ndim == 1:
             fits = (len(lat), len(lon)) == self.img_size
             if fits:
@@ -179,8 +183,6 @@ class TerrainReader(nn.Module):
                 f"the model's img_size is {list(self.img_size)}, and {source} has {lat.shape[0]} latitudes "
                 f"and {lon.shape[-1]} longitudes"
             )
-        if not (np.abs(lat) <= 90).all():
-            raise InputError(f"latitudes from {source} are within [-90, 90] degrees, not {lat.min()} to {lat.max()}")
         to_patches = lambda field: downsample_elevation(torch.from_numpy(field)[None], self.patch_size)[0]  # noqa: E731
         radians = np.deg2rad(lon)
         # a patch may straddle the dateline, so longitudes are averaged on the circle

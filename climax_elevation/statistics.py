@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
+from climax_elevation.data.format import load_npy, load_npz
 from climax_elevation.errors import InputError
 from climax_elevation.reader import TerrainReader
+
+REMEDY = "copy it again from the data that the model was trained on, or name another stats_dir"
 
 
 def read_folder(reader: TerrainReader, folder: str | Path) -> None:
@@ -31,12 +32,15 @@ def read_folder(reader: TerrainReader, folder: str | Path) -> None:
     )
     # a curvilinear grid has its true coordinates in two dimensions, beside lat.npy's means of rows
     for lat, lon in (("lat2d.npy", "lon2d.npy"), ("lat.npy", "lon.npy")):
-        if (folder / lat).is_file() and (folder / lon).is_file():
-            reader.set_grid(np.load(folder / lat), np.load(folder / lon), source=source)
+        if (folder / lat).exists() and (folder / lon).exists():
+            reader.set_grid(load_npy(folder / lat, REMEDY), load_npy(folder / lon, REMEDY), source=source)
             return
 
 
 def _scalars(path: Path) -> dict[str, float]:
     """One number a variable: the shard format has arrays of shape (1,)."""
-    with np.load(path) as arrays:
-        return {name: float(np.ravel(values)[0]) for name, values in arrays.items()}
+    arrays = load_npz(path, REMEDY)
+    for name, values in arrays.items():
+        if values.size != 1:
+            raise InputError(f"{path} has one number a variable, and of {name!r} {values.size}: {REMEDY}")
+    return {name: float(values.item()) for name, values in arrays.items()}

@@ -17,11 +17,11 @@ from climax_elevation.data.names import (
     LATITUDE_NAMES,
     OROGRAPHY,
     VARIABLES,
-    Linear,
     Variable,
     conversion,
     find_variable,
 )
+from climax_elevation.data.units import Linear
 from climax_elevation.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
-from zipfile import BadZipFile
 
 import numpy as np
 import xarray as xr
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from climax_elevation.data.fields import BadDataError, Field, Fields, find_fields
-from climax_elevation.data.format import PARTITIONS, RunningStatistics, save_npy, save_npz
+from climax_elevation.data.format import PARTITIONS, RunningStatistics, load_npz, save_npy, save_npz
 from climax_elevation.data.grid import Grid, is_global, read_grid
 from climax_elevation.data.source import fingerprint, open_source
 from climax_elevation.data.times import Shard, TimeAxis, plan_shards, read_times, split
@@ -379,11 +378,7 @@ def _read_field(field: Field, grid: Grid, shard: Shard) -> NDArray[np.float32]:
 
 
 def _load_shard(path: Path) -> dict[str, NDArray[np.float32]]:
-    try:
-        with np.load(path) as shard:
-            return dict(shard)
-    except (ValueError, OSError, BadZipFile) as error:
-        raise InputError(f"{path} is damaged ({error}): remove it and repeat the command") from error
+    return load_npz(path, "remove it and repeat the command")
 
 
 def _write_summary(plan: _Plan, statistics: RunningStatistics) -> None:

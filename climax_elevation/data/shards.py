@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,15 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from climax_elevation.data.format import PARTITIONS
+from climax_elevation.data.format import (
+    PARTITIONS,
+    PREPARE,
+    check_degrees,
+    check_finite,
+    load_npy,
+    load_npz,
+    reading,
+)
 from climax_elevation.errors import InputError
 from climax_elevation.reader import HOURS_PER_LEAD_TIME
 
@@ -138,11 +145,8 @@ class ForecastDataset(IterableDataset[Sample]):
 
     def _read_shard(self, shard: Shard, begin: int, end: int) -> Iterator[Sample]:
         names = dict.fromkeys([*self.variables, *self.out_variables])
-        try:
-            with np.load(shard.path) as archive:
-                fields = {name: torch.from_numpy(archive[name].astype(np.float32, copy=False)) for name in names}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{shard.path} is damaged ({error}): prepare it again") from error
+        arrays = load_npz(shard.path, "prepare it again", names)
+        fields = {name: torch.from_numpy(values.astype(np.float32, copy=False)) for name, values in arrays.items()}
         for i in range(begin, end):
             x = torch.cat([fields[name][i] for name in self.variables])
             y = torch.cat([fields[name][i + self.predict_range] for name in self.out_variables])
@@ -211,7 +215,9 @@ class GlobalForecastDataModule(LightningDataModule):
 
     def get_lat_lon(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
         """Latitudes of the rows and longitudes of the columns, degrees."""
-        return np.load(_existing(self.root / "lat.npy")), np.load(_existing(self.root / "lon.npy"))
+        lat, lon = (load_npy(self.root / name, PREPARE) for name in ("lat.npy", "lon.npy"))
+        check_degrees(lat, lon, self.root)
+        return lat, lon
 
     def train_dataloader(self) -> DataLoader:
         """Training pairs, in another order each time it is iterated."""
@@ -236,6 +242,12 @@ class GlobalForecastDataModule(LightningDataModule):
     def _normalize(self, variables: Sequence[str]) -> Normalize:
         mean = _load_variables(self.root / "normalize_mean.npz", variables)
         std = _load_variables(self.root / "normalize_std.npz", variables)
+        for name, value in zip(variables, std, strict=True):
+            if not (value > 0).all():
+                raise InputError(
+                    f"{self.root / 'normalize_std.npz'} has a standard deviation of {name!r} that is not above 0: "
+                    f"{PREPARE}"
+                )
         if "total_precipitation" in variables:
             # ClimaX scales precipitation only, so that none stays none
             mean[list(variables).index("total_precipitation")] = 0.0
@@ -318,12 +330,9 @@ def _find_shards(folder: Path, needed: Sequence[str], predict_range: int) -> lis
 
 def _inspect(path: Path, needed: Sequence[str]) -> Shard:
     """Read what a shard holds from its headers alone."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _check_variables(path, [name.removesuffix(".npy") for name in archive.namelist()], needed)
-            shapes = {name: _shape(archive, name) for name in needed}
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{path} is damaged ({error}): prepare it again") from error
+    with reading(path, "prepare it again"), zipfile.ZipFile(path) as archive:
+        _check_variables(path, [name.removesuffix(".npy") for name in archive.namelist()], needed)
+        shapes = {name: _shape(archive, name) for name in needed}
     shape = shapes[needed[0]]
     if len(shape) != 4 or shape[1] != 1 or any(other != shape for other in shapes.values()):
         raise InputError(f"{path} has arrays [time, 1, height, width] of one size, not {shapes}")
@@ -348,18 +357,17 @@ def _check_sizes(root: Path, shards: dict[str, list[Shard]], lat: NDArray[Any], 
 
 
 def _load_variables(path: Path, variables: Sequence[str]) -> NDArray[Any]:
-    with np.load(_existing(path)) as archive:
-        _check_variables(path, archive.files, variables)
-        return np.concatenate([archive[name] for name in variables])
+    arrays = load_npz(path, PREPARE)
+    _check_variables(path, list(arrays), variables)
+    wanted = {name: arrays[name] for name in variables}
+    check_finite(wanted, path, PREPARE)
+    try:
+        return np.concatenate([wanted[name] for name in variables])
+    except ValueError as error:
+        raise InputError(f"{path} has variables of several shapes ({error}): {PREPARE}") from error
 
 
 def _check_variables(path: Path, present: Sequence[str], needed: Sequence[str]) -> None:
     missing = [name for name in needed if name not in present]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise InputError(f"{path} is missing: prepare data into its folder, or mend data.root_dir")
-    return path
