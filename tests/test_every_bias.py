@@ -19,7 +19,7 @@ from climax_elevation import (
     build_bias,
 )
 from climax_elevation.bias import SumBias
-from climax_elevation.bias.base import leaves, map_tensors
+from climax_elevation.bias.base import ElevationBias, leaves, literal, map_tensors
 from climax_elevation.block import TerrainBlock, timm_block
 from climax_elevation.host import StandInClimaX
 
@@ -273,3 +273,30 @@ def test_nested_inputs_are_walked_in_order():
     a, b, c = (torch.full((1,), float(n)) for n in range(3))
     assert [t.item() for t in leaves(((a, (b,)), c))] == [0, 1, 2]
     assert map_tensors(lambda t: t.item() + 1, ((a, (b,)), c)) == ((1, (2,)), 3)
+
+
+def test_plain_data_is_plain_all_through():
+    assert literal((1, "a", (2.5, None, True))) == "(1, 'a', (2.5, None, True))"
+    assert literal([1, {"a": [2]}]) == "[1, {'a': [2]}]"
+    for value in (
+        torch.zeros(1),
+        (1, torch.zeros(1)),
+        [1, torch.zeros(1)],
+        {"a": 1, "b": int},
+        (1, [int]),
+        float("nan"),
+    ):
+        assert literal(value) is None
+    assert literal((1, 2), lasting=True) == "(1, 2)"
+    for value in ([1], {"a": 1}, (1, [2])):  # which can be changed in their place
+        assert literal(value) is not None
+        assert literal(value, lasting=True) is None
+
+
+def test_what_a_bias_does_not_define_is_named():
+    class Empty(ElevationBias):
+        pass
+
+    for name, arguments in (("inputs", (None,)), ("features", (None,)), ("pairwise", ((), ()))):
+        with pytest.raises(NotImplementedError, match=rf"Empty does not define {name}\("):
+            getattr(Empty(), name)(*arguments)

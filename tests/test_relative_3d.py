@@ -239,3 +239,15 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_fields_that_do_not_fit_are_refused(field, img_size, patch, message):
     with pytest.raises(InputError, match=message):
         compute_patch_coords_3d(field, img_size, patch)
+
+
+def test_defaults_are_the_documents():
+    bias = RelativePositionBias3D(8)
+    assert sum(parameter.numel() for parameter in bias.parameters()) == (3 + 1) * 64 + (64 + 1) * 8
+    assert Attention3D(32, 4).bias.mlp[0].out_features == 64
+    assert not any(parameter.any() for parameter in RelativePositionBias3D(8, zero_init=True).mlp[2].parameters())
+
+
+def test_the_poles_are_latitudes():
+    coords = torch.tensor([[[0.0, 90.0, 0.0], [0.0, -90.0, 2800.0]]])
+    assert RelativePositionBias3D(2, coords="physical")(coords).isfinite().all()
