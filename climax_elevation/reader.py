@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from climax_elevation.data.format import check_degrees
 from climax_elevation.elevation_file import ElevationField
 from climax_elevation.errors import InputError
-from climax_elevation.order import wind_order
-from climax_elevation.terrain import Terrain, downsample_elevation
+from climax_elevation.order import published_order, wind_order
+from climax_elevation.plausible import HIGHEST_M, LOWEST_M
+from climax_elevation.terrain import Terrain, downsample_elevation, downsample_wind
 from climax_elevation.watch import judge, judged
 
 logger = logging.getLogger(__name__)
 
-LOWEST_M, HIGHEST_M = -500.0, 9000.0  # Dead Sea shore and Everest, with room
 FASTEST_M_S = 150.0  # twice the strongest 10 m wind ever measured
 GROUND_MAY_MOVE_M = 1.0  # rounding of a standardised channel, and no more
 LEAST_CORRELATION = 0.9  # of an elevation file with the orography channel
@@ -282,7 +282,7 @@ class TerrainReader(nn.Module):
         terrain = whole if patch_ids is None else whole.select(patch_ids)
         if self.patch_order == "raster":
             return {index: block.terrain_inputs(terrain) for index, block in chosen.items()}  # type: ignore[operator]
-        order = wind_order(terrain)
+        order = wind_order(terrain) if self.patch_order == "wind" else published_order(terrain)
         arguments = {index: block.terrain_inputs(terrain, order) for index, block in chosen.items()}  # type: ignore[operator]
         if self.patch_order == "wind_as_published":
             arguments[0]["positions"] = self.host[0].pos_embed[:, terrain.ids]  # type: ignore[index]
@@ -371,10 +371,7 @@ class TerrainReader(nn.Module):
         channels = [list(variables).index(name) for name in self.wind_variables]
         winds = x[:, channels].float() * self.wind_std[:, None, None] + self.wind_mean[:, None, None]
         u, v = winds.unbind(1)
-        # the mean of the pixels' speeds, not the speed of the mean wind, which eddies would cancel
-        fields_m_s = (u, v, torch.hypot(u, v))
-        u, v, speed = (downsample_elevation(field, self.patch_size) for field in fields_m_s)
-        return u, v, speed
+        return downsample_wind(u, v, self.patch_size)
 
     # ---- checks, at every forward --------------------------------------------------------------
 

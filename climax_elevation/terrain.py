@@ -50,6 +50,23 @@ def downsample_elevation(elevation_field: Tensor, patch_size: int) -> Tensor:
     return rows.mean(dim=(2, 4)).flatten(1)
 
 
+def downsample_wind(u: Tensor, v: Tensor, patch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Patch means of both components, and of the pixels' speeds.
+
+    The mean of speeds is not the speed of the mean wind, in which eddies cancel.
+
+    Args:
+        u, v: Eastward and northward wind, `[B, H, W]`, m/s.
+        patch_size: As `downsample_elevation`.
+
+    Returns:
+        u, v and speed, `[B, (H / p) * (W / p)]` each.
+    """
+    fields_m_s = (u, v, torch.hypot(u, v))
+    u, v, speed = (downsample_elevation(field, patch_size) for field in fields_m_s)
+    return u, v, speed
+
+
 @dataclass(frozen=True)
 class Terrain:
     """What a bias may know of the ground and the air over it, a value a patch.

@@ -253,7 +253,7 @@ def test_factors_are_not_used_in_half_precision():
         ({"dtype": torch.int64}, "of one floating-point type, not torch.int64"),
         ({"v_dtype": torch.bfloat16}, "one floating-point type, not torch.float32, torch.float32 and torch.bfloat16"),
         ({"device": "meta"}, "on one device, and have values there, not on meta"),
-        ({"z_device": "meta"}, r"the bias's inputs are .* on cpu, as q is, not \[1, 3\] on meta"),
+        ({"z_device": "meta"}, "the bias's inputs are on cpu, as q is, not on meta"),
     ],
 )
 def test_what_no_attention_can_be_of_is_refused_by_every_engine(engine, changed, message):

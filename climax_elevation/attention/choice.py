@@ -90,11 +90,12 @@ def biased_attention(
     """
     _check_qkv(q, k, v)
     for given in leaves(inputs):
-        if given.shape[0] not in (1, q.shape[0]) or given.shape[1] != q.shape[2] or given.device != q.device:
+        if given.shape[0] not in (1, q.shape[0]) or given.shape[1] != q.shape[2]:
             raise InputError(
-                f"the bias's inputs are [{q.shape[0]} or 1, {q.shape[2]} tokens, ...] on {q.device}, as q is, not "
-                f"{list(given.shape)} on {given.device}"
+                f"the bias's inputs are [{q.shape[0]} or 1, {q.shape[2]} tokens, ...], not {list(given.shape)}"
             )
+        if given.device != q.device:
+            raise InputError(f"the bias's inputs are on {q.device}, as q is, not on {given.device}")
     if not 0 <= dropout_p <= 1:
         raise InputError(f"dropout_p is a probability, from 0 to 1, not {dropout_p!r}")
     if scale is None:
