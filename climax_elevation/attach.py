@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from climax_elevation.attention import check_engine, choose_engine
+from climax_elevation.attention import check_engine
 from climax_elevation.bias import ElevationBias, PhysicsBias, build_bias
 from climax_elevation.bias.total import check_arguments
 from climax_elevation.block import PhysicsGuidedBlockCorrected, TerrainBlock, check_host_block
@@ -125,17 +125,10 @@ def attach(
     host_model.terrain = reader
     host_model.use_physics_mask = True
     logger.info(
-        "terrain: bias %s in blocks %s of %d, engine %s, elevation from %s",
+        "terrain: bias %s in blocks %s of %d, elevation from %s",
         bias_type,
         ", ".join(map(str, chosen)),
         len(host_model.blocks),
-        choose_engine(
-            engine,
-            biases[chosen[0]],
-            tokens=grid[0] * grid[1],
-            device=next(model.parameters()).device.type,
-            dtype=torch.float32,
-        ),
         elevation_file or f"channel {elevation_variable!r}",
     )
 

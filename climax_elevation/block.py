@@ -11,7 +11,7 @@ from timm.models.vision_transformer import Attention, Block  # type: ignore[attr
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from climax_elevation.attention import biased_attention, check_engine
+from climax_elevation.attention import biased_attention, check_engine, choose_engine
 from climax_elevation.attention.kept import KeptBias
 from climax_elevation.bias import ElevationBias, PhysicsBias, RelativePositionBias3D
 from climax_elevation.bias.base import Tensors, take_tokens
@@ -63,6 +63,15 @@ class BiasedAttention(nn.Module):
         """Queries, keys and values of tokens `[B, L, D]`, each `[B, heads, L, D / heads]`."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return self._part("q_norm", q).to(v.dtype), self._part("k_norm", k).to(v.dtype), v
+
+    def engine_for(self, tokens: int) -> str:
+        """The engine that is going to be used, and for what."""
+        weight = cast(Tensor, self.qkv.weight)
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        name = choose_engine(self.engine, self.bias, tokens=tokens, device=device, dtype=dtype, dropout_p=dropout_p)
+        return f"{name} ({tokens} tokens, {str(dtype).removeprefix('torch.')} on {device})"
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias_inputs: Tensors, dropout_p: float) -> Tensor:
         return biased_attention(
@@ -201,6 +210,10 @@ class TerrainBlock(nn.Module):
         check_host_block(host)
         for name, part in host.named_children():
             self.add_module(name, _attention(part, bias, engine) if name == "attn" else part)
+
+    def engine_for(self, tokens: int) -> str:
+        """As its attention's."""
+        return self.attn.engine_for(tokens)
 
     def terrain_inputs(self, terrain: Terrain, order: Tensor | None = None) -> dict[str, Any]:
         """What `forward` wants of `terrain`, as keyword arguments; with an order, in that."""

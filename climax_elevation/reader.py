@@ -129,6 +129,7 @@ class TerrainReader(nn.Module):
         self._sources: dict[str, str] = {}  # buffer -> where its value is from; absent: not set
         self._field = elevation_file  # waits here until the data's latitudes are known
         self._announced = False
+        self._engines = ""  # of the blocks, once they are known
         self._prepared = False
         if elevation_file is not None and not elevation_file.has_coordinates:
             self._settle_elevation(None, None)
@@ -275,8 +276,11 @@ class TerrainReader(nn.Module):
             x, lead_times, variables: As `forward`.
             patch_ids: The patches that are kept, where not all are.
         """
-        whole = self(x, lead_times, variables)
         chosen = {index: block for index, block in enumerate(blocks) if hasattr(block, "terrain_inputs")}
+        if not self._announced:
+            tokens = len(self.elevation_m[0] if patch_ids is None else patch_ids)
+            self._engines = ", ".join(sorted({block.engine_for(tokens) for block in chosen.values()}))  # type: ignore[operator]
+        whole = self(x, lead_times, variables)
         if not self._prepared:
             self._prepare(chosen.values(), whole)
         terrain = whole if patch_ids is None else whole.select(patch_ids)
@@ -444,12 +448,13 @@ class TerrainReader(nn.Module):
         low, high = (round(extreme.item()) for extreme in terrain.elevation_m.aminmax())
         control = "" if self.control == "none" else f"; control: biases see it {self.control}"
         logger.info(
-            "terrain: elevation %d to %d m (patch means, from %s%s)%s",
+            "terrain: elevation %d to %d m (patch means, from %s%s)%s%s",
             low,
             high,
             self._origin,
             control,
             _wind_range(terrain.speed),
+            self._engines and f", engine {self._engines}",
         )
 
     def extra_repr(self) -> str:

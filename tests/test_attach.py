@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -192,3 +193,14 @@ def test_half_precision_training_step_has_no_nan():
         loss = predict(made, x, lead_times).float().square().mean()
     loss.backward()
     assert all(p.grad.isfinite().all() for p in made.parameters())
+
+
+def test_the_first_forward_says_the_engine_that_it_uses(caplog):
+    """Not that of the constructor's device and type."""
+    made, x, lead_times = terrain_aware(), *batch()
+    with caplog.at_level("INFO"), torch.autocast("cpu", torch.bfloat16):
+        predict(made, x, lead_times)
+        predict(made, x, lead_times)
+    lines = [record.message for record in caplog.records if "engine" in record.message]
+    assert len(lines) == 1
+    assert re.search(r"elevation \d+ to \d+ m .*engine sdpa \(\d+ tokens, bfloat16 on cpu\)$", lines[0])
