@@ -204,6 +204,7 @@ def test_what_cannot_be_metres_is_refused(z, message):
         torch.arange(9)[None],  # whole numbers, and a low coast
         torch.linspace(-1, 9, 9)[None],  # a polder
         torch.linspace(-0.2, 0.3, 9)[None],
+        torch.tensor([[0.0] * 8 + [5.0]]),  # nothing below the sea
         torch.linspace(-4, 9.9, 9)[None],
         torch.linspace(-500, 9000, 9)[None],
     ],
@@ -316,6 +317,25 @@ def test_a_block_that_is_not_timms_is_refused():
     host.attn.relative_position = nn.Linear(1, 1)
     with pytest.raises(InputError, match="built as timm's Attention"):
         TerrainBlock(host, PhysicsBias())
+
+
+def test_defaults_are_the_documents():
+    block = PhysicsGuidedBlockCorrected(32, 4)
+    bias = block.attn.bias
+    assert (bias.elevation_alpha.item(), bias.wind_beta.item()) == (1.0, pytest.approx(0.3))
+    assert (bias.height_scale_m, bias.wind_threshold_m_s, bias.direction) == (1000.0, 5.0, "key_above")
+    assert (block.mlp.fc1.out_features, block.attn.qkv.bias is not None) == (128, True)
+    assert {m.p for m in block.modules() if isinstance(m, nn.Dropout)} == {0.0}
+    assert isinstance(block.drop_path1, nn.Identity)
+    assert isinstance(block.norm1, nn.LayerNorm)
+    assert not block.terrain_is_flat
+    attention = Attention3D(64)
+    assert (attention.num_heads, attention.qkv.bias) == (8, None)
+    assert {m.p for m in attention.modules() if isinstance(m, nn.Dropout)} == {0.0}
+    assert attention.bias.coords == "normalized"
+    assert not attention.bias.log_spaced
+    assert attention.bias.mlp[2].weight.any()
+    assert {block.attn.engine, attention.engine} == {"auto"}
 
 
 def test_copies_are_independent():

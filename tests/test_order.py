@@ -29,6 +29,9 @@ def test_six_patches_by_hand():
     assert wind_order(windy(0, -5)).tolist() == [[3, 4, 0, 5, 1, 2]]
     southward = torch.tensor([10.0] * 3 + [0.0] * 3)
     assert wind_order(windy(0, 5, lat=southward)).tolist() == [[3, 4, 0, 5, 1, 2]]
+    # a quarter of a degree apart
+    assert wind_order(windy(0, 5, lat=southward / 40)).tolist() == [[3, 4, 0, 5, 1, 2]]
+    assert wind_order(windy(0, 5, lat=-southward / 40)).tolist() == [[0, 1, 2, 3, 4, 5]]
 
 
 @pytest.mark.parametrize("sectors", [4, 16])
