@@ -12,9 +12,10 @@ from enum import Enum
 
 import torch
 
-from climax_elevation import PhysicsBias, available_biases, biased_attention, compiled
+from climax_elevation import PhysicsBias, biased_attention, compiled
 from climax_elevation.attention import ENGINES
 from climax_elevation.errors import InputError
+from climax_elevation.registry import all_biases
 from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
 from climax_elevation.upstream.overlay import importable, overlay
 from climax_elevation.upstream.patching import State, git_executable
@@ -66,7 +67,7 @@ def doctor() -> list[Finding]:
         _git(),
         _loops(),
         *(_engine(name) for name in ENGINES),
-        Finding(Level.OK, "biases", ", ".join(available_biases())),
+        *_biases(),
         *_climax(),
     ]
 
@@ -149,6 +150,13 @@ def _engine(name: str) -> Finding:
     if not error <= ENGINE_TOLERANCE:
         return Finding(Level.WRONG, subject, f"is {error:.2g} off the reference: choose another with bias_args.engine")
     return Finding(Level.OK, subject, f"works on the {'GPU' if device == 'cuda' else 'CPU'}")
+
+
+def _biases() -> Iterator[Finding]:
+    names, broken = all_biases()
+    yield Finding(Level.OK, "biases", ", ".join(names))
+    for sentence in broken:
+        yield Finding(Level.WRONG, "biases", sentence)
 
 
 def _climax() -> Iterator[Finding]:
