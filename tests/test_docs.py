@@ -34,8 +34,9 @@ PROSE = [*PAGES, ROOT / "CONTRIBUTING.md"]
 RESULTS = ROOT / "benchmarks" / "results"
 ELSEWHERE = {"departures.md"}  # being written
 FOLDERS = ("benchmarks", "configs", "examples", "patches")
+TREE = (*FOLDERS, "climax_elevation", "docs", "tests")
 SOURCE = "andes_era5_monthly.nc"
-SPLIT = ["--val-from", "2000", "--test-from", "2004", "--patch-size", "4"]
+SPLIT = ["--val-from", "2000", "--test-from", "2010", "--patch-size", "4"]
 SMALL_RUN = {"img_size": [88, 80], "patch_size": 8, "embed_dim": 32, "depth": 2, "decoder_depth": 1}
 
 SHELL, PYTHON, QUIET = "bash", "python", ("yaml", "text", "toml")
@@ -79,8 +80,8 @@ def blocks(page: Path) -> list[Block]:
 def prepared(tmp_path_factory):
     """A reanalysis of a few years, and the shards made from it."""
     folder = tmp_path_factory.mktemp("prepared")
-    dataset = prepare_data.era5(steps=14, height=89, width=81)
-    years = [np.datetime64(f"{year}-01-01", "ns") for year in range(1994, 2008)]
+    dataset = prepare_data.era5(steps=20, height=89, width=81)
+    years = [np.datetime64(f"{year}-01-01", "ns") for year in range(1994, 2014)]
     dataset.assign_coords(time=years).to_netcdf(folder / SOURCE)
     assert main(["prepare", str(folder / SOURCE), str(folder / "shards"), *SPLIT]) == 0
     return folder
@@ -93,6 +94,7 @@ def checkout(prepared, no_climax, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / SOURCE).symlink_to(prepared / SOURCE)
     shutil.copytree(prepared / "shards", tmp_path / "data" / "andes")
+    (tmp_path / "docs").mkdir()
     (tmp_path / "my_run.yaml").write_text(yaml.safe_dump(my_run()))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -209,8 +211,8 @@ def test_links_and_pictures_lead_somewhere(page):
 def test_files_that_are_named_exist():
     """Paths in backquotes, of this repository's folders."""
     for page in PROSE:
-        for path in re.findall(r"`((?:benchmarks|climax_elevation|configs|docs|examples|patches|tests)/[\w./-]+)`", page.read_text()):
-            assert (ROOT / path).exists() or path.removeprefix("docs/") in ELSEWHERE, f"{page.name} names {path}"
+        for path in re.findall(rf"`((?:{'|'.join(TREE)})/[\w./-]+)`", page.read_text()):
+            assert "NAME" in path or (ROOT / path).exists(), f"{page.name} names {path}"
 
 
 def test_the_front_page_is_short():
@@ -337,14 +339,16 @@ def of_growth(data, row, column):
 READERS = {"attention": of_attention, "step": of_step, "growth": of_growth}
 
 
-@pytest.mark.parametrize(("page", "file", "cells"), tables_of_numbers(), ids=lambda value: str(getattr(value, "name", "")))
+@pytest.mark.parametrize(
+    ("page", "file", "cells"), tables_of_numbers(), ids=lambda value: str(getattr(value, "name", ""))
+)
 def test_numbers_are_those_of_the_committed_measurement(page, file, cells):
     data, reader = json.loads((RESULTS / file).read_text()), READERS[file.partition("_")[0]]
     assert cells
     for (row, column), cell in cells.items():
         value = reader(data, row, column)
         shown = re.match(r"-?\d+(?:\.(\d+))?", cell)
-        if cell == "none":
+        if cell.startswith("none"):
             assert value < 0.5, f"{row}, {column}"
         elif not cell:
             assert value is None, f"{row}, {column}"
