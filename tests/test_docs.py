@@ -26,6 +26,7 @@ import yaml
 
 from climax_elevation import attach, available_biases
 from climax_elevation.cli import main
+from climax_elevation.experiment import one_thread
 from climax_elevation.registry import bias_class
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,7 @@ FOLDERS = ("benchmarks", "configs", "examples", "patches")
 TREE = (*FOLDERS, "climax_elevation", "docs", "tests")
 SOURCE = "andes_era5_monthly.nc"
 SPLIT = ["--val-from", "2000", "--test-from", "2010", "--patch-size", "4"]
-SMALL_RUN = {"img_size": [88, 80], "patch_size": 8, "embed_dim": 32, "depth": 2, "decoder_depth": 1}
+SMALL_RUN = {"img_size": [88, 80], "patch_size": 8, "embed_dim": 16, "depth": 2, "decoder_depth": 1}
 
 SHELL, PYTHON, QUIET = "bash", "python", ("yaml", "text", "toml")
 COMMENT = re.compile(r"<!-- (not run|needs ClimaX|file)(?:: (.+?))? -->")
@@ -97,7 +98,9 @@ def checkout(prepared, no_climax, tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     (tmp_path / "my_run.yaml").write_text(yaml.safe_dump(my_run()))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for each other take longer than these networks
+    with one_thread():
+        yield tmp_path
 
 
 def my_run():
@@ -107,7 +110,8 @@ def my_run():
         del run["model"]["net"]["init_args"][flag]
     run["model"]["net"]["init_args"].update(SMALL_RUN)
     run["model"].update(warmup_epochs=1, max_epochs=20)
-    run["trainer"].update(max_epochs=1, default_root_dir="runs/my_run", enable_progress_bar=False)
+    run["trainer"].update(max_epochs=1, limit_val_batches=1, num_sanity_val_steps=0, enable_progress_bar=False)
+    run["trainer"]["default_root_dir"] = "runs/my_run"
     run["trainer"]["callbacks"] = [entry for entry in run["trainer"]["callbacks"] if "Terrain" not in str(entry)]
     return run
 
