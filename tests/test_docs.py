@@ -32,6 +32,7 @@ from climax_elevation.registry import bias_class
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md"]
+TWO_COMMANDS = ["pip install '.[demo]' && climax-elevation demo", "pip install '.[test,demo]' && python -m pytest"]
 RESULTS = ROOT / "benchmarks" / "results"
 ELSEWHERE = {"departures.md"}  # being written
 FOLDERS = ("benchmarks", "configs", "examples", "patches")
@@ -138,7 +139,7 @@ def run_command(words):
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}{done.stderr}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
 def test_what_a_page_shows_runs(page, checkout, request):
     namespace = {"__name__": "__main__"}
     for block in blocks(page):
@@ -222,6 +223,7 @@ def test_files_that_are_named_exist():
 def test_the_front_page_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 160
+    assert {f"    {command}" for command in TWO_COMMANDS} <= set(lines)  # as other tools read them
     for page in PROSE:
         for number, line in enumerate(page.read_text().splitlines(), 1):
             assert len(line) <= 120 or line.startswith("|"), f"{page.name}, line {number}"
@@ -236,6 +238,14 @@ def test_every_page_is_reached_from_the_front_page():
 def test_the_example_of_a_bias_is_shown_as_it_is():
     code = (ROOT / "examples" / "custom_bias" / "snow_line.py").read_text().partition("class ")
     assert (code[1] + code[2]).strip() in (ROOT / "docs" / "own_bias.md").read_text()
+
+
+def test_the_citation_is_of_this_version_and_of_the_works_that_the_front_page_names():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert f"version = {citation['version']}\n" in (ROOT / "setup.cfg").read_text()
+    cited = [identifier["value"] for work in citation["references"] for identifier in work["identifiers"]]
+    named = re.findall(r"arXiv \d{4}\.\d{5}", (ROOT / "README.md").read_text())
+    assert cited == [name.replace(" ", ":") for name in named]
 
 
 # ---- flags ---------------------------------------------------------------------------------------
