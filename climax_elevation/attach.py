@@ -52,6 +52,7 @@ def attach(
     grid_spacing_m: float | None = None,
     patch_order: str = "raster",
     control: str = "none",
+    control_seed: int = 0,
     **bias_args: Any,
 ) -> None:
     """Make the attention of a ClimaX model's blocks terrain-aware, in place.
@@ -78,7 +79,9 @@ def attach(
         patch_order: "raster"; "wind", upwind patches first (which changes nothing but rounding); or
             "wind_as_published", with the position embedding left behind. See `climax_elevation.order`.
         control: "none"; or what biases see in the place of the ground, to tell what terrain does from what else a
-            bias does: "flat" (0 m everywhere) or "mirrored" (east and west exchanged).
+            bias does: "flat" (0 m everywhere), "mirrored" (east and west exchanged) or "permuted" (the heights of
+            the patches shuffled).
+        control_seed: By which they are shuffled, 0 or more.
         bias_args: The bias's own arguments, by name; for a sum, a dictionary for each part.
 
     Raises:
@@ -109,12 +112,13 @@ def attach(
         grid_spacing_m=None if grid_spacing_m is None else positive("grid_spacing_m", grid_spacing_m, "metres"),
         patch_order=patch_order,
         control=one_of("control", control, CONTROLS),
+        control_seed=_seed(control_seed),
     ).to(next(model.parameters()).device)
     _check_variables(host_model.default_vars, reader, elevation_file)
     if stats_dir is not None:
         read_folder(reader, stats_dir)
     if patch_order == "wind_as_published":
-        reader.position_embedding = (cast(nn.Parameter, model.pos_embed),)
+        reader.host = (model,)
 
     for index, bias in biases.items():
         host_model.blocks[index] = _terrain_block(hosts[index], bias, engine)
@@ -175,6 +179,12 @@ def _build(bias_type: str, host: nn.Module, grid: tuple[int, int], bias_args: di
     with torch.random.fork_rng(devices=[]):
         bias = build_bias(bias_type, num_heads=attention.num_heads, grid=grid, **bias_args)
     return bias.to(attention.qkv.weight.device, attention.qkv.weight.dtype)
+
+
+def _seed(control_seed: int) -> int:
+    if isinstance(control_seed, bool) or not isinstance(control_seed, int) or not 0 <= control_seed < 2**32:
+        raise InputError(f"control_seed is a whole number from 0 to {2**32 - 1}, not {control_seed!r}")
+    return control_seed
 
 
 def _pair(wind_variables: Sequence[str]) -> tuple[str, str]:

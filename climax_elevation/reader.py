@@ -18,12 +18,16 @@ from climax_elevation.elevation_file import ElevationField
 from climax_elevation.errors import InputError
 from climax_elevation.order import wind_order
 from climax_elevation.terrain import Terrain, downsample_elevation
+from climax_elevation.watch import judge, judged
 
 logger = logging.getLogger(__name__)
 
 LOWEST_M, HIGHEST_M = -500.0, 9000.0  # Dead Sea shore and Everest, with room
 FASTEST_M_S = 150.0  # twice the strongest 10 m wind ever measured
+GROUND_MAY_MOVE_M = 1.0  # rounding of a standardised channel, and no more
 LEAST_CORRELATION = 0.9  # of an elevation file with the orography channel
+LEVEL_M = 1e-3  # a standard deviation below this is rounding; of a standardised channel:
+LEVEL_CHANNEL = 1e-5
 HOURS_PER_LEAD_TIME = 100.0  # ClimaX feeds lead times in hundreds of hours
 
 
@@ -38,11 +42,17 @@ def mirrored(terrain: Terrain) -> Terrain:
     return replace(terrain, elevation_m=fields.flip(2).flatten(1))
 
 
-CONTROLS: dict[str, Callable[[Terrain], Terrain]] = {
-    "none": lambda terrain: terrain,
-    "flat": level,
-    "mirrored": mirrored,
-}
+def permuted(terrain: Terrain, order: Tensor) -> Terrain:
+    """The heights of the patches shuffled: the same heights, without their relief."""
+    return replace(terrain, elevation_m=terrain.elevation_m[:, order])
+
+
+def shuffled(count: int, seed: int) -> Tensor:
+    """An order of `count` patches, the same on any machine."""
+    return torch.from_numpy(np.random.RandomState(seed).permutation(count))  # whose numbers NumPy promises to keep
+
+
+CONTROLS = ("none", "flat", "mirrored", "permuted")
 
 
 class TerrainReader(nn.Module):
@@ -67,6 +77,7 @@ class TerrainReader(nn.Module):
         grid_spacing_m: Distance between pixels of a plane grid, metres; None: latitudes and longitudes tell.
         patch_order: One of `climax_elevation.order.PATCH_ORDERS`.
         control: One of `CONTROLS`: what biases see in the place of the ground.
+        control_seed: By which "permuted" shuffles.
     """
 
     elevation_m: Tensor
@@ -90,6 +101,7 @@ class TerrainReader(nn.Module):
         grid_spacing_m: float | None = None,
         patch_order: str = "raster",
         control: str = "none",
+        control_seed: int = 0,
     ) -> None:
         super().__init__()
         self.img_size = (int(img_size[0]), int(img_size[1]))
@@ -103,15 +115,19 @@ class TerrainReader(nn.Module):
         self.patch_order = patch_order
         self.control = control
         self.cache_dir: Path | None = None  # beside the data, where what is long to compute is kept
-        self.position_embedding: tuple[nn.Parameter, ...] = ()  # the host's; in a tuple, lest it be registered twice
+        self.host: tuple[nn.Module, ...] = ()  # whose position embedding is wanted; in a tuple, lest it be registered
         tokens = self.grid[0] * self.grid[1]
         shapes = {"elevation_m": (1, tokens), "elevation_mean": (), "elevation_std": (), "wind_mean": (2,)}
         shapes |= {"wind_std": (2,), "lat": (tokens,), "lon": (tokens,)}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.full(shape, math.nan, dtype=torch.float32))
+        self.control_order: Tensor
+        self.register_buffer("control_order", shuffled(tokens, control_seed), persistent=False)
+        self._first_channel: Tensor  # the ground that is static, standardised
+        self.register_buffer("_first_channel", torch.full(self.img_size, math.nan), persistent=False)
         self._sources: dict[str, str] = {}  # buffer -> where its value is from; absent: not set
         self._field = elevation_file  # waits here until the data's latitudes are known
-        self._checked = False
+        self._announced = False
         self._prepared = False
         if elevation_file is not None and not elevation_file.has_coordinates:
             self._settle_elevation(None, None)
@@ -192,7 +208,7 @@ class TerrainReader(nn.Module):
             self._check_agreement(name, new, source)
         buffer.copy_(new)
         self._sources[name] = source
-        self._checked = self._prepared = False
+        self._announced = self._prepared = False
 
     def _check_agreement(self, name: str, new: Tensor, source: str) -> None:
         known: Tensor = getattr(self, name)
@@ -234,7 +250,7 @@ class TerrainReader(nn.Module):
             incoming, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._sources |= dict.fromkeys(loaded, "the checkpoint")
-        self._checked = self._prepared = False
+        self._announced = self._prepared = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> TerrainReader:
         # Buffers follow the model to its device, not to half precision: 8000 m would lose metres.
@@ -252,7 +268,10 @@ class TerrainReader(nn.Module):
     ) -> dict[int, dict[str, Any]]:
         """Keyword arguments for each block that takes terrain, by its index; the seam in ClimaX.
 
-        The arguments are those of `forward`.
+        Args:
+            blocks: Of the model.
+            x, lead_times, variables: As `forward`.
+            patch_ids: The patches that are kept, where not all are.
         """
         whole = self(x, lead_times, variables)
         chosen = {index: block for index, block in enumerate(blocks) if hasattr(block, "terrain_inputs")}
@@ -264,7 +283,7 @@ class TerrainReader(nn.Module):
         order = wind_order(terrain)
         arguments = {index: block.terrain_inputs(terrain, order) for index, block in chosen.items()}  # type: ignore[operator]
         if self.patch_order == "wind_as_published":
-            arguments[0]["positions"] = self.position_embedding[0][:, terrain.ids]
+            arguments[0]["positions"] = self.host[0].pos_embed[:, terrain.ids]  # type: ignore[index]
         return arguments
 
     @contextmanager
@@ -295,7 +314,6 @@ class TerrainReader(nn.Module):
         x: Tensor,
         lead_times: Tensor | None,
         variables: Sequence[str],
-        patch_ids: Sequence[int] | None = None,
     ) -> Terrain:
         """Read the terrain of a batch.
 
@@ -303,13 +321,14 @@ class TerrainReader(nn.Module):
             x: Standardised input, `[B, V, H, W]`.
             lead_times: Hours / 100, `[B]`, as ClimaX feeds them; None: there is none.
             variables: Names of the V channels.
-            patch_ids: The patches that are kept, where not all are.
 
         Raises:
-            InputError: If a quantity or its unit is unknown, or the values cannot be metres or m/s.
+            InputError: If a quantity or its unit is unknown, or the values of any batch cannot be metres or m/s. On
+                GPUs numbers are looked at as they arrive, about a step later.
         """
-        if not self._checked:
-            self._check_known(x, variables)
+        self._check_known(x, variables)
+        if not self._announced and self.static_terrain and "elevation_m" not in self._sources:
+            self._remember(x[0, list(variables).index(self.elevation_variable)])
         with torch.autocast(x.device.type, enabled=False):
             u, v, speed = self._wind(x, variables)
             terrain = Terrain(
@@ -323,10 +342,18 @@ class TerrainReader(nn.Module):
                 lead_hours=None if lead_times is None else lead_times.float() * HOURS_PER_LEAD_TIME,
                 spacing_m=self.spacing_m,
             )
-        if not self._checked:
-            self._check_values(terrain, x, variables)
-        terrain = CONTROLS[self.control](terrain)
-        return terrain if patch_ids is None else terrain.select(patch_ids)
+        terrain = replace(terrain, elevation_m=self._judged(terrain, x, variables))
+        if not self._announced:
+            self._announce(terrain)
+        return self._controlled(terrain)
+
+    def _controlled(self, terrain: Terrain) -> Terrain:
+        """What biases see."""
+        if self.control == "flat":
+            return level(terrain)
+        if self.control == "mirrored":
+            return mirrored(terrain)
+        return permuted(terrain, self.control_order) if self.control == "permuted" else terrain
 
     def _elevation(self, x: Tensor, variables: Sequence[str]) -> Tensor:
         if "elevation_m" in self._sources:
@@ -347,9 +374,8 @@ class TerrainReader(nn.Module):
         u, v, speed = (downsample_elevation(field, self.patch_size) for field in fields_m_s)
         return u, v, speed
 
-    # ---- checks, at the first forward ----------------------------------------------------------
+    # ---- checks, at every forward --------------------------------------------------------------
 
-    @torch.compiler.disable
     def _check_known(self, x: Tensor, variables: Sequence[str]) -> None:
         """Everything that the terrain is made from is there."""
         if x.dim() != 4 or x.shape[1] != len(variables) or tuple(x.shape[2:]) != self.img_size:
@@ -357,7 +383,8 @@ class TerrainReader(nn.Module):
                 f"the input is [batch, {len(variables)} variables, {self.img_size[0]}, {self.img_size[1]}], "
                 f"not {list(x.shape)}"
             )
-        self._settle_elevation(None, None)
+        if self._field is not None:
+            self._settle_elevation(None, None)
         if "elevation_m" not in self._sources:
             self._check_channel(self.elevation_variable, "elevation", variables)
         for name in self.wind_variables or ():
@@ -377,56 +404,54 @@ class TerrainReader(nn.Module):
                 f"normalize_std.npz, or {without}"
             )
 
+    def _judged(self, terrain: Terrain, x: Tensor, variables: Sequence[str]) -> Tensor:
+        """The elevation, once it is known, or on its way to being known, that all of this batch is as it should be."""
+        z = terrain.elevation_m.detach()
+        no_wind = z.new_zeros(())
+        numbers = [*z.aminmax(), z.std(dim=1, correction=0).min()]
+        numbers.append(no_wind if terrain.speed is None else terrain.speed.detach().amax())
+        numbers += self._of_channel(x.detach(), variables)
+        context = (self._origin, self.elevation_variable, " and ".join(self.wind_variables or ()), self.terrain_is_flat)
+        return judged(terrain.elevation_m, torch.stack(numbers), _check_values, *context)
+
+    def _of_channel(self, x: Tensor, variables: Sequence[str]) -> list[Tensor]:
+        """How far static ground moves, metres; correlation with a file, and the standard deviations of both."""
+        nothing = x.new_zeros((), dtype=torch.float32)
+        if self.elevation_variable not in variables:
+            return [nothing, nothing + 1, nothing, nothing]
+        channel = x[:, list(variables).index(self.elevation_variable)].float()
+        if "elevation_m" in self._sources:
+            pair = downsample_elevation(channel, self.patch_size), self.elevation_m.expand(len(channel), -1)
+            seen, of_file = (field - field.mean(dim=1, keepdim=True) for field in pair)
+            spreads = [deviation.square().mean(dim=1).sqrt() for deviation in (seen, of_file)]
+            correlation = (seen * of_file).mean(dim=1) / (spreads[0] * spreads[1]).clamp_min(1e-12)
+            return [nothing, correlation.min(), spreads[0].min(), spreads[1].min()]
+        if not self.static_terrain:
+            return [nothing, nothing + 1, nothing, nothing]
+        return [(channel - self._first_channel).abs().amax() * self.elevation_std, nothing + 1, nothing, nothing]
+
+    @property
+    def _origin(self) -> str:
+        return self._sources.get("elevation_m", f"channel {self.elevation_variable!r}")
+
     @torch.compiler.disable
-    def _check_values(self, terrain: Terrain, x: Tensor, variables: Sequence[str]) -> None:
-        """The values are metres and m/s, and the file is of the same ground as the channel."""
-        z = terrain.elevation_m
-        low, high = z.min().item(), z.max().item()
-        origin = self._sources.get("elevation_m", f"channel {self.elevation_variable!r}")
-        if not math.isfinite(low + high):
-            raise InputError(f"elevation from {origin} has values that are not finite: fill them (0 m over sea)")
-        if low < LOWEST_M or high > HIGHEST_M:
-            raise InputError(
-                f"patch-mean elevation from {origin} is {low:.0f} to {high:.0f} m, outside {LOWEST_M:.0f} to "
-                f"{HIGHEST_M:.0f} m: is it geopotential (divide by 9.80665), or standardised by other statistics?"
-            )
-        if not self.terrain_is_flat and max(-low, high) < 10 and z.std(correction=0).item() < 5:
-            raise InputError(
-                f"patch-mean elevation from {origin} is {low:.2f} to {high:.2f} m, which looks standardised: give the "
-                "statistics or the field in metres, or set bias_args.terrain_is_flat: true if the ground is so flat"
-            )
-        if self.static_terrain and "elevation_m" not in self._sources:
-            channel = x[:, list(variables).index(self.elevation_variable)]
-            if not torch.equal(channel, channel[:1].expand_as(channel)):
-                raise InputError(
-                    f"static_terrain is true, and {self.elevation_variable!r} differs between the samples of a batch: "
-                    "set static_terrain: false"
-                )
-        if "elevation_m" in self._sources and self.elevation_variable in variables:
-            self._check_same_ground(x[:, list(variables).index(self.elevation_variable)])
-        if terrain.speed is not None and not terrain.speed.max().item() <= FASTEST_M_S:
-            raise InputError(
-                f"patch-mean wind speed reaches {terrain.speed.max().item():.0f} m/s, above {FASTEST_M_S:.0f}: "
-                f"are {' and '.join(self.wind_variables or ())} standardised by other statistics?"
-            )
-        self._checked = True
+    def _remember(self, channel: Tensor) -> None:
+        self._first_channel.copy_(channel.detach())
+
+    @torch.compiler.disable
+    def _announce(self, terrain: Terrain) -> None:
+        """Say once what is read."""
+        self._announced = True
+        low, high = (round(extreme.item()) for extreme in terrain.elevation_m.aminmax())
+        control = "" if self.control == "none" else f"; control: biases see it {self.control}"
         logger.info(
             "terrain: elevation %d to %d m (patch means, from %s%s)%s",
-            round(low),
-            round(high),
-            origin,
-            "" if self.control == "none" else f"; control: biases see it {self.control}",
+            low,
+            high,
+            self._origin,
+            control,
             _wind_range(terrain.speed),
         )
-
-    def _check_same_ground(self, channel: Tensor) -> None:
-        seen = downsample_elevation(channel[:1].float(), self.patch_size)
-        pair = torch.cat([seen, self.elevation_m]).double()
-        if pair.std(dim=1).min() > 0 and (correlation := torch.corrcoef(pair)[0, 1].item()) < LEAST_CORRELATION:
-            raise InputError(
-                f"elevation from {self._sources['elevation_m']} and channel {self.elevation_variable!r} correlate by "
-                f"{correlation:.2f}, below {LEAST_CORRELATION}: is the file flipped, rolled, or of another region?"
-            )
 
     def extra_repr(self) -> str:
         return f"grid={self.grid}, patch_size={self.patch_size}, known={sorted(self._sources)}"
@@ -440,3 +465,51 @@ def _summary(values: Tensor) -> str:
 
 def _wind_range(speed: Tensor | None) -> str:
     return "" if speed is None else f", wind up to {speed.max().item():.1f} m/s"
+
+
+@judge
+def _check_values(numbers: list[float], origin: str, channel: str, winds: str, flat: bool) -> None:
+    """The values are metres and m/s, and the ground is the one that it is said to be.
+
+    Args:
+        numbers: Lowest and highest elevation, the least standard deviation of a sample's, highest wind speed, how far
+            the ground moved that is static, and, of a file with the channel, their correlation and both deviations.
+        origin: Where the elevation is from.
+        channel: Name of the orography channel.
+        winds: Names of the wind channels.
+        flat: That all ground lies near 0 m is meant.
+    """
+    low, high, spread, fastest, moved, correlation, of_channel, of_file = numbers
+    if not math.isfinite(low + high):
+        raise InputError(f"elevation from {origin} has values that are not finite: fill them (0 m over sea)")
+    if low < LOWEST_M or high > HIGHEST_M:
+        raise InputError(
+            f"patch-mean elevation from {origin} is {low:.0f} to {high:.0f} m, outside {LOWEST_M:.0f} to "
+            f"{HIGHEST_M:.0f} m: is it geopotential (divide by 9.80665), or standardised by other statistics?"
+        )
+    if not flat and max(-low, high) < 10 and spread < 5:
+        raise InputError(
+            f"patch-mean elevation from {origin} is {low:.2f} to {high:.2f} m, which looks standardised: give the "
+            "statistics or the field in metres, or set bias_args.terrain_is_flat: true if the ground is so flat"
+        )
+    if not moved <= GROUND_MAY_MOVE_M:
+        raise InputError(
+            f"static_terrain is true, and {channel!r} differs between samples, by up to {moved:.0f} m: set "
+            "static_terrain: false"
+        )
+    if (of_file < LEVEL_M) != (of_channel < LEVEL_CHANNEL) and correlation < LEAST_CORRELATION:
+        level_one, other = (origin, f"channel {channel!r}") if of_file < LEVEL_M else (f"channel {channel!r}", origin)
+        raise InputError(
+            f"elevation from {level_one} is level, and from {other} it is not: is one of them of another region, or "
+            "filled with one value?"
+        )
+    if of_file >= LEVEL_M and not correlation >= LEAST_CORRELATION:
+        raise InputError(
+            f"elevation from {origin} and channel {channel!r} correlate by {correlation:.2f}, below "
+            f"{LEAST_CORRELATION}: is the file flipped, rolled, or of another region?"
+        )
+    if not fastest <= FASTEST_M_S:
+        raise InputError(
+            f"patch-mean wind speed reaches {fastest:.0f} m/s, above {FASTEST_M_S:.0f}: are {winds} standardised by "
+            "other statistics?"
+        )

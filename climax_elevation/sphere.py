@@ -6,16 +6,22 @@ import torch
 from torch import Tensor
 
 from climax_elevation.errors import InputError
+from climax_elevation.watch import judge, judged
 
 EARTH_RADIUS_M = 6.371e6
 
 
-def check_latitudes(lat: Tensor) -> None:
-    """Raise InputError unless all of `lat` is within [-90, 90] degrees; a compiled graph takes it on trust."""
-    if not torch.compiler.is_compiling() and not bool((lat.abs() <= 90).all()):
+def checked_latitudes(values: Tensor, lat: Tensor) -> Tensor:
+    """`values`, which hold `lat`; InputError unless all of that is within [-90, 90] degrees."""
+    return judged(values, torch.stack(lat.aminmax()), _check_latitudes)
+
+
+@judge
+def _check_latitudes(numbers: list[float]) -> None:
+    low, high = numbers
+    if not -90 <= low <= high <= 90:
         raise InputError(
-            f"latitudes are degrees within [-90, 90], not {lat.min().item():g} to {lat.max().item():g}: are latitude "
-            "and longitude exchanged?"
+            f"latitudes are degrees within [-90, 90], not {low:g} to {high:g}: are latitude and longitude exchanged?"
         )
 
 

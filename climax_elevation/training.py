@@ -15,6 +15,7 @@ from climax_elevation.bias import ElevationBias
 from climax_elevation.checks import positive
 from climax_elevation.errors import InputError
 from climax_elevation.reader import TerrainReader
+from climax_elevation.watch import settle
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,18 @@ class TerrainCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # perhaps in the middle of a step, and a checkpoint may still be written
         self._end_own_rates()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settle()  # what is still on its way of the last batches: a bad one is not the end of an epoch
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settle()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settle()
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settle()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_own_rates()

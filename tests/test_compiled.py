@@ -12,7 +12,7 @@ import torch
 from test_tiled import both
 
 from climax_elevation import PhysicsBias, biased_attention, compiled
-from climax_elevation.attention.tile import attend, differentiate
+from climax_elevation.attention.partial_softmax import attend, differentiate
 from climax_elevation.compiled import NotCompiled
 
 

@@ -7,6 +7,7 @@ import pytest
 from engines import CPU_ENGINES
 
 from climax_elevation import attention, available_biases, compiled
+from climax_elevation.attention.engine import Engine
 from climax_elevation.doctor import Finding, Level, doctor, render, status
 from climax_elevation.errors import InputError
 from climax_elevation.upstream.patching import apply, package_folder, revert
@@ -42,7 +43,7 @@ def test_an_engine_that_is_for_other_devices_is_no_fault(no_climax, monkeypatch)
     def for_gpus(*_):
         raise InputError("for GPUs: choose 'tiled'")
 
-    monkeypatch.setitem(attention.ENGINES, "for GPUs", for_gpus)
+    monkeypatch.setitem(attention.ENGINES, "for GPUs", Engine(for_gpus))
     assert found("engine for GPUs") == Finding(Level.NOTE, "engine for GPUs", "for GPUs: choose 'tiled'")
     assert status(doctor()) == 0
 
@@ -75,10 +76,10 @@ def test_engines_that_fail_or_differ_are_wrong(no_climax, monkeypatch):
         raise RuntimeError("no kernel")
 
     def wrong(*arguments):
-        return attention.dense_attention(*arguments) + 0.01
+        return attention.ENGINES["dense"].attend(*arguments) + 0.01
 
-    monkeypatch.setitem(attention.ENGINES, "broken", broken)
-    monkeypatch.setitem(attention.ENGINES, "wrong", wrong)
+    monkeypatch.setitem(attention.ENGINES, "broken", Engine(broken))
+    monkeypatch.setitem(attention.ENGINES, "wrong", Engine(wrong))
     findings = doctor()
     texts = {finding.subject: finding.text for finding in findings if finding.level is Level.WRONG}
     assert texts.keys() == {"engine broken", "engine wrong"}

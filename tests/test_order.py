@@ -110,7 +110,7 @@ def test_published_order_survives_copies_and_trains_the_position_embedding():
         with torch.no_grad():
             other.pos_embed.mul_(5)
         changed = predict(other)
-        other.terrain.position_embedding = (made.pos_embed,)
+        other.terrain.host = (made,)
         assert not torch.equal(predict(other), changed)  # it was reading its own
     assert torch.equal(predict(made), before)
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from climax_elevation import InputError, PhysicsBias, RelativePositionBias3D, biased_attention
-from climax_elevation.attention import triton as engine
+from climax_elevation.attention.engines import triton as engine
 from climax_elevation.bias import AdaptiveBias
 from climax_elevation.block import TerrainBlock, timm_block
 
@@ -30,9 +30,11 @@ SHAPES = [  # batch, heads, tokens, head width, terrains
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles, and blocks of the relative bias, that a few dozen tokens fill several of."""
-    tile = engine.Tile(16, 16, 4, 1)
-    monkeypatch.setattr(engine, "TILES", {(size, 128): engine.Tiles(tile, tile, tile) for size in (2, 4, 8)})
-    monkeypatch.setattr(engine, "PAIRS", {engine.MOST_UNITS: engine.Tile(8, 16, 4, 1)})
+    launch = engine.Launch(16, 16, 4, 1)
+    monkeypatch.setattr(
+        engine, "LAUNCHES", {(size, 128): engine.Launches(launch, launch, launch) for size in (2, 4, 8)}
+    )
+    monkeypatch.setattr(engine, "PAIRS", {engine.MOST_UNITS: engine.Launch(8, 16, 4, 1)})
     monkeypatch.setattr(engine, "BLOCK_HELD", 1)  # 16 rows
     monkeypatch.setattr(engine, "BLOCK_COLUMNS", 16)
 

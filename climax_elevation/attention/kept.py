@@ -7,12 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from climax_elevation.attention.tiled import values_by_tiles
+from climax_elevation.attention.engine import Engine
 from climax_elevation.bias.as_data import tensors_of
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, literal
 from climax_elevation.transforms import transforming
-
-KEPT_BY = ("dense", "sdpa", "tiled")  # engines that can be given values
 
 
 class GivenBias(ElevationBias):
@@ -53,7 +51,7 @@ class KeptBias:
     def __reduce__(self) -> tuple[type[KeptBias], tuple[()]]:
         return KeptBias, ()
 
-    def given(self, bias: ElevationBias, inputs: Tensors, engine: str) -> tuple[ElevationBias, Tensors]:
+    def given(self, bias: ElevationBias, inputs: Tensors, engine: Engine) -> tuple[ElevationBias, Tensors]:
         """What to give the engine: the values, as a bias's; where nothing can be kept, the same bias and inputs.
 
         Nothing is kept where gradients are recorded, in compiled programs and under torch.func, of samples with
@@ -69,14 +67,14 @@ class KeptBias:
             return bias, inputs
         given = list(leaves(inputs))
         settings = _settings(bias)
-        if engine not in KEPT_BY or any(len(tensor) > 1 for tensor in given) or None in settings:
+        if engine.values is None or any(len(tensor) > 1 for tensor in given) or None in settings:
             return bias, inputs
-        settings += [engine, type(bias)]
+        settings += [engine.attend, type(bias)]
         tensors = [*given, *tensors_of(bias).values()]
         known = self._computed
         if known is None or known.settings != settings or not _equal(known.tensors, tensors):
             self._computed = None  # before there are others
-            values = values_by_tiles(bias, inputs) if engine == "tiled" else bias(*inputs)
+            values = engine.values(bias, inputs)
             self._computed = known = _Computed(settings, [tensor.clone() for tensor in tensors], values)
         return GivenBias(bias.numbers_a_pair), (known.values,)
 

@@ -13,7 +13,7 @@ from climax_elevation.bias.pair_network import pair_gradients, pair_network, pai
 from climax_elevation.checks import count, one_of, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.registry import register_bias
-from climax_elevation.sphere import EARTH_RADIUS_M, check_latitudes, shorter_turn
+from climax_elevation.sphere import EARTH_RADIUS_M, checked_latitudes, shorter_turn
 from climax_elevation.terrain import downsample_elevation
 
 if TYPE_CHECKING:
@@ -103,8 +103,7 @@ class RelativePositionBias3D(ElevationBias):
             raise InputError(f"coordinates are [batch or 1, tokens, 3], not {list(coords.shape)}")
         coords = coords.to(self.value_dtype())
         if self.coords == "physical":
-            check_latitudes(coords[..., 1])
-            return (coords,)
+            return (checked_latitudes(coords, coords[..., 1]),)
         low, high = coords.aminmax(dim=1, keepdim=True)
         weight, bias = self._layer(0)
         linear = ((coords - low) / (high - low + EPSILON)) @ weight.T

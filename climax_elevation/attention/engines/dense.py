@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from climax_elevation.attention.engine import Engine, whole
 from climax_elevation.bias.base import ElevationBias, Tensors
 
 
@@ -22,3 +23,6 @@ def dense_attention(
         logits = scale * (q @ k.transpose(-2, -1)).to(torch.promote_types(b.dtype, q.dtype)) + b
         attention = dropout(logits.softmax(dim=-1), dropout_p)
         return attention.to(v.dtype) @ v
+
+
+ENGINE = Engine(dense_attention, values=whole)

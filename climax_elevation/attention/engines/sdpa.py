@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from climax_elevation.attention.engine import Engine, Request, whole
 from climax_elevation.bias.base import ElevationBias, Tensors
 from climax_elevation.transforms import transforming
 
@@ -48,3 +49,11 @@ def sdpa_attention(
 def _kernels() -> AbstractContextManager[None]:
     """All that torch has; under torch.func the plain one, since the fused ones have no gradient of their mask there."""
     return sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext()
+
+
+def _rank(request: Request) -> int:
+    """First where there is dropout, which none of the others has, and where exact factors make a mask needless."""
+    return 3 if request.dropout_p > 0 or (request.bias.has_factors and request.dtype in WIDE) else 1
+
+
+ENGINE = Engine(sdpa_attention, _rank, whole)

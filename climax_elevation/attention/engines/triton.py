@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from climax_elevation.attention.engine import Engine
 from climax_elevation.bias.base import ElevationBias, Tensors
 from climax_elevation.bias.physics import PhysicsBias
 from climax_elevation.bias.relative_3d import RelativePositionBias3D
@@ -35,7 +36,7 @@ BLOCK_HELD = 1 << 24  # numbers of db in memory, all samples and heads: 32 MB in
 BLOCK_COLUMNS = 2048
 
 
-class Tile(NamedTuple):
+class Launch(NamedTuple):
     """Queries and keys that a program looks at together, and how it is compiled."""
 
     rows: int
@@ -44,25 +45,25 @@ class Tile(NamedTuple):
     stages: int
 
 
-class Tiles(NamedTuple):
+class Launches(NamedTuple):
     """Of the three attention kernels."""
 
-    forward: Tile
-    queries: Tile
-    keys: Tile
+    forward: Launch
+    queries: Launch
+    keys: Launch
 
 
 # By bytes of a number and width of a head, up to. NOT measured: they are the ones with which ptxas, for compute
 # capabilities 8.0 and 9.0, spills next to no register and shared memory suffices.
-TILES = {
-    (2, 64): Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
-    (2, 96): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    (2, 128): Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
-    (4, 96): Tiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (4, 128): Tiles(Tile(16, 16, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
-    (8, 128): Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+LAUNCHES = {
+    (2, 64): Launches(Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(32, 64, 4, 2)),
+    (2, 96): Launches(Launch(128, 64, 8, 3), Launch(64, 32, 4, 2), Launch(32, 64, 4, 2)),
+    (2, 128): Launches(Launch(64, 64, 4, 3), Launch(64, 32, 4, 2), Launch(32, 64, 8, 2)),
+    (4, 96): Launches(Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(16, 32, 8, 1)),
+    (4, 128): Launches(Launch(16, 16, 8, 1), Launch(32, 32, 8, 1), Launch(16, 32, 8, 1)),
+    (8, 128): Launches(Launch(16, 16, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 1)),
 }
-PAIRS = {64: Tile(32, 128, 8, 1), 128: Tile(32, 64, 8, 1)}  # of the relative bias, by hidden units up to
+PAIRS = {64: Launch(32, 128, 8, 1), 128: Launch(32, 64, 8, 1)}  # of the relative bias, by hidden units up to
 
 
 def _has_kernels(bias: ElevationBias) -> bool:
@@ -129,9 +130,9 @@ class _Region(NamedTuple):
     def columns(self) -> int:
         return self.end_column - self.first_column
 
-    def fits(self, tile: Tile) -> bool:
-        """Whether tiles fill it without masks."""
-        return self.rows % tile.rows == 0 and self.columns % tile.columns == 0
+    def fits(self, launch: Launch) -> bool:
+        """Whether its tiles fill the region without masks."""
+        return self.rows % launch.rows == 0 and self.columns % launch.columns == 0
 
 
 class _Physics(NamedTuple):
@@ -158,7 +159,7 @@ class _Attention:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.sizes = {"HEADS": self.heads, "WIDTH": self.width, **_parts(self.width)}
         self.options = {**self.sizes, "SCALE": scale, "DIRECTION": direction}
-        self.tiles = _tiles_of(q.dtype, self.width)
+        self.launches = _launches_of(q.dtype, self.width)
         self.everything = _Region(0, self.tokens, 0, self.tokens)
 
     def empty(self, dtype: torch.dtype) -> Tensor:
@@ -169,29 +170,29 @@ class _Attention:
         """Not yet filled, `[..., B, H, L]`."""
         return self.q.new_empty(*leading, *self.q.shape[:3], dtype=self.wide)
 
-    def programs(self, length: int, tile: int) -> tuple[int, int]:
-        """The grid of launches that give a program `tile` tokens of one head."""
-        return _count(length, tile), self.batch * self.heads
+    def programs(self, length: int, each: int) -> tuple[int, int]:
+        """The grid of launches that give a program `each` tokens of one head."""
+        return _count(length, each), self.batch * self.heads
 
     def forward(
         self, out: Tensor, logsumexp: Tensor, region: _Region, physics: _Physics, block: Tensor | None, resume: bool
     ) -> None:
         """Fill the region's rows of `out` and `logsumexp`; with `resume`, they hold those of earlier columns."""
-        tile = self.tiles.forward
-        kernels().attention_forward[self.programs(region.rows, tile.rows)](
+        launch = self.launches.forward
+        kernels().attention_forward[self.programs(region.rows, launch.rows)](
             *(self.q, self.k, self.v, out, logsumexp, *physics, block, _sample_stride(block)),
             *(*self.q.stride()[:3], self.tokens, *region),
             **self.options,
             RESUME=resume,
-            **_compiled(tile, region),
+            **_compiled(launch, region),
         )
 
     def deltas(self, grad: Tensor, out: Tensor) -> Tensor:
         """rowsum(do * out), `[B, H, L]`."""
-        tile = Tile(64, 64, 4, 1)
+        launch = Launch(64, 64, 4, 1)
         delta = self.per_row()
-        kernels().row_products[self.programs(self.tokens, tile.rows)](
-            *(grad, out, delta, self.tokens), **self.sizes, EVEN=self.tokens % tile.rows == 0, ROWS=tile.rows
+        kernels().row_products[self.programs(self.tokens, launch.rows)](
+            *(grad, out, delta, self.tokens), **self.sizes, EVEN=self.tokens % launch.rows == 0, ROWS=launch.rows
         )
         return delta
 
@@ -218,13 +219,13 @@ class _Attention:
             dblock: Its gradient.
             resume: Whether `found` holds the sums over earlier rows.
         """
-        tile = self.tiles.keys
-        kernels().attention_backward_keys[self.programs(region.columns, tile.columns)](
+        launch = self.launches.keys
+        kernels().attention_backward_keys[self.programs(region.columns, launch.columns)](
             *(self.q, self.k, self.v, *known, *found, *physics, *of_features, block, dblock, _sample_stride(block)),
             *(*self.q.stride()[:3], self.tokens, *region),
             **self.options,
             RESUME=resume,
-            **_compiled(tile, region),
+            **_compiled(launch, region),
         )
 
     def backward_queries(
@@ -235,15 +236,15 @@ class _Attention:
         of_features: tuple[Tensor | None, Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         """Fill `dq`, and return the gradients of alpha and beta; arguments as of `backward_keys`."""
-        tile = self.tiles.queries
-        grid = self.programs(self.tokens, tile.rows)
+        launch = self.launches.queries
+        grid = self.programs(self.tokens, launch.rows)
         dalpha = self.q.new_empty(grid, dtype=self.wide)
         dbeta = None if physics.beta is None else torch.empty_like(dalpha)
         kernels().attention_backward_queries[grid](
             *(self.q, self.k, self.v, *known, dq, *physics, dalpha, dbeta, *of_features),
             *(*self.q.stride()[:3], self.tokens),
             **self.options,
-            **_compiled(tile, self.everything),
+            **_compiled(launch, self.everything),
         )
         return dalpha.sum(), None if dbeta is None else dbeta.sum()
 
@@ -267,21 +268,21 @@ def _power_of_two(number: int) -> int:
     return max(16, 1 << (number - 1).bit_length())
 
 
-def _count(length: int, tile: int) -> int:
-    return -(-length // tile)
+def _count(length: int, each: int) -> int:
+    return -(-length // each)
 
 
-def _tiles_of(dtype: torch.dtype, width: int) -> Tiles:
-    return next(tiles for (size, most), tiles in TILES.items() if size == dtype.itemsize and width <= most)
+def _launches_of(dtype: torch.dtype, width: int) -> Launches:
+    return next(launches for (size, most), launches in LAUNCHES.items() if size == dtype.itemsize and width <= most)
 
 
-def _compiled(tile: Tile, region: _Region) -> dict[str, Any]:
+def _compiled(launch: Launch, region: _Region) -> dict[str, Any]:
     return {
-        "EVEN": region.fits(tile),
-        "ROWS": tile.rows,
-        "COLUMNS": tile.columns,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
+        "EVEN": region.fits(launch),
+        "ROWS": launch.rows,
+        "COLUMNS": launch.columns,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
     }
 
 
@@ -431,7 +432,7 @@ class _Network:
         self.tensors = [tensor.contiguous() for tensor in (of_query, of_key, weight, constant)]
         self.samples, self.tokens, units = of_query.shape
         self.heads = len(weight)
-        self.tile = next(tile for most, tile in PAIRS.items() if units <= most)
+        self.launch = next(launch for most, launch in PAIRS.items() if units <= most)
         # as precise as half precision needs, where tensor cores have it
         fast = dtype in HALF and torch.version.hip is None
         self.options = {
@@ -443,13 +444,13 @@ class _Network:
         }
 
     def grid(self, region: _Region) -> tuple[int, int, int]:
-        return _count(region.columns, self.tile.columns), _count(region.rows, self.tile.rows), self.samples
+        return _count(region.columns, self.launch.columns), _count(region.rows, self.launch.rows), self.samples
 
     def block(self, region: _Region) -> Tensor:
         """b of a region, `[B or 1, H, rows, columns]`."""
         block = self.tensors[0].new_empty(self.samples, self.heads, region.rows, region.columns)
         kernels().relative_bias[self.grid(region)](
-            *(*self.tensors, block, self.tokens, *region), **self.options, **_compiled(self.tile, region)
+            *(*self.tensors, block, self.tokens, *region), **self.options, **_compiled(self.launch, region)
         )
         return block
 
@@ -467,7 +468,7 @@ class _Network:
         kernels().relative_bias_backward[grid](
             *(of_query, of_key, weight, ds, dquery, dkey, dweight, dconstant, self.tokens, *region),
             **self.options,
-            **_compiled(self.tile, region),
+            **_compiled(self.launch, region),
         )
         gradients[0][:, slice(*region[:2])] += dquery.sum(dim=1)
         gradients[1][:, slice(*region[2:])] += dkey.sum(dim=1)
@@ -548,3 +549,6 @@ def _differentiate_relative(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor |
 
 _physics.register_autograd(_differentiate_physics, setup_context=_save)
 _relative.register_autograd(_differentiate_relative, setup_context=_save)
+
+
+ENGINE = Engine(triton_attention)

@@ -28,17 +28,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from climax_elevation.attention.tile import attend, differentiate
-from climax_elevation.attention.tiles import SIDE, Gradient, Tiles
-from climax_elevation.bias.as_data import described, given_values, tensors_of, with_tensors
+from climax_elevation.attention.bias_tiles import SIDE, Gradient, Tiles
+from climax_elevation.attention.engine import Engine, Request
+from climax_elevation.attention.partial_softmax import attend, differentiate
+from climax_elevation.bias.as_data import described, given_values, tensors_of, why_no_data, with_tensors
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, map_tensors
 from climax_elevation.compiled import packed
 from climax_elevation.errors import InputError
 from climax_elevation.slices import slices
 from climax_elevation.threads import at_once, shares
-from climax_elevation.transforms import each_in_turn
+from climax_elevation.transforms import each_in_turn, tracing
+
+CHOSEN_FROM = {"cpu": 256}  # tokens; measured
+CHOSEN_ELSEWHERE_FROM = 4096  # not measured: from here on a mask is too large to hold
 
 
 def tiled_attention(
@@ -59,7 +62,7 @@ def tiled_attention(
         wide_q, wide_k, wide_v = (t.to(wide) for t in (q, k, v))
         nesting = repr(map_tensors(lambda _: 0, features))  # type: ignore[arg-type, return-value]
         own, flat = tensors_of(bias), list(leaves(features))
-        if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
+        if tracing(q):
             out, _ = _operator(wide_q, wide_k, wide_v, flat, list(own.values()), nesting, described(bias), scale)
         else:
             given = _Given(with_tensors(bias, {}), tuple(own), nesting, len(flat), scale)
@@ -423,3 +426,13 @@ def _placed(found: Sequence[Tensor], *sides: tuple[Sequence[Tensor], Sequence[in
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)
+
+
+def _rank(request: Request) -> int:
+    """Before "sdpa" from some length on; compiled programs want a bias that can be written down."""
+    enough = request.tokens >= CHOSEN_FROM.get(request.device, CHOSEN_ELSEWHERE_FROM)
+    refused = request.dropout_p > 0 or (torch.compiler.is_compiling() and bool(why_no_data(request.bias)))
+    return 2 if enough and not refused else 0
+
+
+ENGINE = Engine(tiled_attention, _rank, values_by_tiles)
