@@ -99,7 +99,7 @@ def test_the_flag_alone_trains_terrain_aware_attention(tmp_path, request, host):
     assert done.returncode == 0, done.stderr
     assert f"host: {host}" in done.stderr
     assert "bias physics in blocks 0 of 1, elevation from channel 'orography'" in done.stderr
-    assert re.search(r"elevation \d+ to \d+ m \(patch means.*engine sdpa \(8 tokens, float32 on cpu\)", done.stderr)
+    assert re.search(r"elevation \d+ to \d+ m \(patch means.*engine sdpa \(32 tokens, float32 on cpu\)", done.stderr)
     moved = next(line for line in done.stderr.splitlines() if "elevation_alpha moved from 1 to" in line)
     assert float(moved.rpartition(" ")[2]) != 1.0
 
