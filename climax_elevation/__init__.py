@@ -1,6 +1,6 @@
 """Terrain-aware attention for the ClimaX weather transformer."""
 
-from climax_elevation.attach import attach
+from climax_elevation.attachment import attach
 from climax_elevation.attention import biased_attention
 from climax_elevation.bias import (
     ElevationBias,
@@ -9,11 +9,11 @@ from climax_elevation.bias import (
     build_bias,
     compute_patch_coords_3d,
 )
+from climax_elevation.bias.registry import available_biases, register_bias
 from climax_elevation.block import Attention3D, PhysicsGuidedBlockCorrected, keep_bias
 from climax_elevation.errors import InputError
-from climax_elevation.reader import TerrainReader
-from climax_elevation.registry import available_biases, register_bias
-from climax_elevation.terrain import Terrain, downsample_elevation
+from climax_elevation.terrain.fields import Terrain, downsample_elevation
+from climax_elevation.terrain.reader import TerrainReader
 
 __all__ = [
     "Attention3D",

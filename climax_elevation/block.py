@@ -17,8 +17,8 @@ from climax_elevation.bias import ElevationBias, PhysicsBias, RelativePositionBi
 from climax_elevation.bias.base import Tensors, take_tokens
 from climax_elevation.checks import count, true_or_false
 from climax_elevation.errors import InputError
-from climax_elevation.plausible import check_finite, check_metres
-from climax_elevation.terrain import Terrain, downsample_elevation, downsample_wind
+from climax_elevation.terrain.fields import Terrain, downsample_elevation, downsample_wind
+from climax_elevation.terrain.plausible import check_finite, check_metres
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}

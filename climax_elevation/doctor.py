@@ -14,8 +14,8 @@ import torch
 
 from climax_elevation import PhysicsBias, biased_attention, compiled
 from climax_elevation.attention import ENGINES
+from climax_elevation.bias.registry import all_biases
 from climax_elevation.errors import InputError
-from climax_elevation.registry import all_biases
 from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
 from climax_elevation.upstream.overlay import importable, overlay
 from climax_elevation.upstream.patching import State, git_executable

@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from climax_elevation.bias import ElevationBias
 from climax_elevation.checks import positive
 from climax_elevation.errors import InputError
-from climax_elevation.reader import TerrainReader
+from climax_elevation.terrain.reader import TerrainReader
 from climax_elevation.watch import settle
 
 logger = logging.getLogger(__name__)

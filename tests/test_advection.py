@@ -337,7 +337,7 @@ def test_samples_on_planes_of_their_own():
 
 
 def test_directions_of_a_field_of_places_are_those_of_each():
-    from climax_elevation.sphere import east_and_north, unit_vectors
+    from climax_elevation.terrain.sphere import east_and_north, unit_vectors
 
     lat, lon = torch.tensor([[10.0, -40.0], [70.0, 0.0]]), torch.tensor([[20.0, 200.0], [-80.0, 90.0]])
     for got, each in zip(

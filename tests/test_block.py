@@ -11,7 +11,7 @@ from torch import nn
 from climax_elevation import Attention3D, InputError, PhysicsBias, PhysicsGuidedBlockCorrected, downsample_elevation
 from climax_elevation.block import TerrainBlock, timm_block
 from climax_elevation.host import StandInClimaX
-from climax_elevation.plausible import looks_standardised, values_known
+from climax_elevation.terrain.plausible import looks_standardised, values_known
 
 
 def tokens(batch=2, length=9, dim=32, seed=0):

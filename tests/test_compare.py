@@ -21,12 +21,12 @@ from pytorch_lightning import Trainer
 from climax_elevation.cli import main
 from climax_elevation.compare import Comparison, compare
 from climax_elevation.compare.config import read_configuration
-from climax_elevation.compare.inference import holm
 from climax_elevation.compare.runs import host_class
+from climax_elevation.compare.significance import holm
 from climax_elevation.compare.tables import verdict
 from climax_elevation.diagnostics import open_run
 from climax_elevation.errors import InputError
-from climax_elevation.experiment import ModelSettings, build_network, quiet
+from climax_elevation.testbed.fit import ModelSettings, build_network, quiet
 from climax_elevation.upstream.locate import find_climax
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "compare").glob("*.yaml"))

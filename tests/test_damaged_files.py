@@ -5,8 +5,8 @@ import pytest
 import tiny_data
 
 from climax_elevation import InputError, TerrainReader
-from climax_elevation.data.shards import GlobalForecastDataModule
-from climax_elevation.statistics import read_folder
+from climax_elevation.host.shards import GlobalForecastDataModule
+from climax_elevation.terrain.stats_dir import read_folder
 
 FILES = ("normalize_mean.npz", "normalize_std.npz", "lat.npy", "lon.npy", "val/climatology.npz")
 OF_READER = FILES[:4]

@@ -25,9 +25,9 @@ import pytest
 import yaml
 
 from climax_elevation import attach, available_biases
+from climax_elevation.bias.registry import bias_class
 from climax_elevation.cli import main
-from climax_elevation.experiment import one_thread
-from climax_elevation.registry import bias_class
+from climax_elevation.testbed.fit import one_thread
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

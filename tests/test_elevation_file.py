@@ -6,7 +6,7 @@ import xarray
 
 from climax_elevation import InputError
 from climax_elevation.data.names import OROGRAPHY
-from climax_elevation.elevation_file import ElevationField, read_elevation_file
+from climax_elevation.terrain.elevation_file import ElevationField, read_elevation_file
 
 LAT, LON = np.arange(-67.5, 90, 45.0), np.arange(0, 360, 90.0)  # four by four: nothing tells which is which
 VALUES = np.arange(16.0).reshape(4, 4) * 100

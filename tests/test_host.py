@@ -17,8 +17,8 @@ import pytest
 import torch
 from reference.write_reference import CASES, NAMES, build, run, shapes
 
-from climax_elevation import InputError, metrics
-from climax_elevation.host import StandInClimaX, grid_sinusoids, sinusoids
+from climax_elevation import InputError
+from climax_elevation.host import StandInClimaX, grid_sinusoids, metrics, sinusoids
 from climax_elevation.upstream import find_climax, overlay
 
 FOLDER = Path(__file__).parent / "reference"
@@ -163,7 +163,7 @@ def test_patched_climax_imports_the_plugin_with_the_flag_and_not_without(on: boo
         command = [sys.executable, "-c", textwrap.dedent(program), str(on)]
         ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
     assert ran.returncode == 0, ran.stderr
-    assert ("climax_elevation.attach" in ran.stdout.split()) == on
+    assert ("climax_elevation.attachment" in ran.stdout.split()) == on
     assert on or not ran.stdout.split()
 
 

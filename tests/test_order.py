@@ -11,7 +11,7 @@ from test_every_bias import LAT, LON, model, predict
 
 from climax_elevation import InputError, Terrain
 from climax_elevation.host import StandInClimaX
-from climax_elevation.order import published_order, wind_order
+from climax_elevation.terrain.order import published_order, wind_order
 
 
 def windy(u, v, grid=(2, 3), lat=None):

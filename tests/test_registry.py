@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from climax_elevation import InputError, PhysicsBias, available_biases, build_bias, register_bias
-from climax_elevation.bias.total import bias_arguments
+from climax_elevation.bias.build import bias_arguments
 
 
 def test_the_own_biases_are_there():
@@ -37,7 +37,7 @@ def test_what_is_no_bias_is_refused(other):
 
 
 def test_heads_are_passed_to_those_who_name_them(monkeypatch):
-    monkeypatch.setattr("climax_elevation.registry._biases", {})
+    monkeypatch.setattr("climax_elevation.bias.registry._biases", {})
 
     @register_bias("a_head_each")
     class PerHead(PhysicsBias):

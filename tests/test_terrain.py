@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from climax_elevation import InputError, Terrain, TerrainReader, downsample_elevation
-from climax_elevation.elevation_file import ElevationField, read_elevation_file
+from climax_elevation.terrain.elevation_file import ElevationField, read_elevation_file
 
 VARIABLES = ("orography", "2m_temperature", "10m_u_component_of_wind", "10m_v_component_of_wind")
 WINDS = ("10m_u_component_of_wind", "10m_v_component_of_wind")

@@ -10,7 +10,7 @@ from test_tiled import both, use_tiles
 from climax_elevation import biased_attention
 from climax_elevation.attention.engines import tiled
 from climax_elevation.bias.as_data import with_tensors
-from climax_elevation.threads import at_once, shares
+from climax_elevation.compiled.threads import at_once, shares
 
 
 @pytest.fixture

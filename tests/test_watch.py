@@ -11,7 +11,7 @@ from test_terrain import VARIABLES, physical_batch, reader_with_statistics, stan
 
 from climax_elevation import InputError, watch
 from climax_elevation.bias.ridge import _check_ground
-from climax_elevation.elevation_file import ElevationField
+from climax_elevation.terrain.elevation_file import ElevationField
 
 
 def high(x):

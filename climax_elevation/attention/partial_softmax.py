@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from climax_elevation import compiled
-from climax_elevation.slices import slices
+from climax_elevation.compiled.slices import slices
 
 BUFFER_HELD = 1 << 18  # numbers of a buffer of probabilities, without compiled loops: 1 MB
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from climax_elevation.bias.base import ElevationBias, Tensors
+from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import positive
 from climax_elevation.errors import InputError
-from climax_elevation.registry import register_bias
-from climax_elevation.sphere import EARTH_RADIUS_M, checked_latitudes, east_and_north, unit_vectors
+from climax_elevation.terrain.sphere import EARTH_RADIUS_M, checked_latitudes, east_and_north, unit_vectors
 from climax_elevation.transforms import readable
 from climax_elevation.watch import judge, judged
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 SECONDS_AN_HOUR = 3600.0
 QUARTER = 0.25  # of the grid's longer side: the widest kernel at the start

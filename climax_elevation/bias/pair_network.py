@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from climax_elevation import compiled
+from climax_elevation.compiled.slices import slices
+from climax_elevation.compiled.threads import at_once, shares
 from climax_elevation.errors import InputError
-from climax_elevation.slices import slices
-from climax_elevation.threads import at_once, shares
 from climax_elevation.transforms import each_in_turn
 
 HIDDEN_HELD = 1 << 19  # numbers of the hidden layer that are held, without compiled loops: 2 MB

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from climax_elevation.bias.base import ElevationBias, Gradients, Pullback, Tensors
 from climax_elevation.bias.pair_network import pair_gradients, pair_network, pair_values
+from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import count, one_of, true_or_false
 from climax_elevation.errors import InputError
-from climax_elevation.plausible import check_finite
-from climax_elevation.registry import register_bias
-from climax_elevation.sphere import EARTH_RADIUS_M, checked_latitudes, shorter_turn
-from climax_elevation.terrain import downsample_elevation
+from climax_elevation.terrain.fields import downsample_elevation
+from climax_elevation.terrain.plausible import check_finite
+from climax_elevation.terrain.sphere import EARTH_RADIUS_M, checked_latitudes, shorter_turn
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 COORDS = ("normalized", "physical")
 EPSILON = 1e-6  # keeps a coordinate that is the same everywhere at 0

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from climax_elevation.bias.base import ElevationBias, Tensors, take_tokens
 from climax_elevation.bias.paths import STEPS_A_METRE, PathExcess, path_excess
 from climax_elevation.bias.physics import DIRECTIONS, check_elevation, check_speed, penalised, wind_modulation
+from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import finite, one_of, positive, true_or_false
 from climax_elevation.errors import InputError
-from climax_elevation.registry import register_bias
 from climax_elevation.watch import judge, judged
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 FORMS = ("height", "froude")
 GROUND_MAY_MOVE_M = 1.0  # rounding of a standardised channel, and no more

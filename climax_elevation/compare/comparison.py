@@ -16,7 +16,6 @@ import torch
 
 from climax_elevation.checks import count
 from climax_elevation.compare.config import Configuration, TracerData, identity, read_configuration
-from climax_elevation.compare.inference import FEWEST_BLOCKS
 from climax_elevation.compare.report import report
 from climax_elevation.compare.runs import (
     RECORD,
@@ -31,12 +30,13 @@ from climax_elevation.compare.runs import (
     variant_identity,
 )
 from climax_elevation.compare.scores import PARTS, Samples, Scorer, save_samples
+from climax_elevation.compare.significance import FEWEST_BLOCKS
 from climax_elevation.compare.tables import Results, differences_table, results_table
-from climax_elevation.data.altitude import region_elevation
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
-from climax_elevation.experiment import DataSettings, one_thread
-from climax_elevation.tracer import floor, write_tracer_dataset
+from climax_elevation.testbed.altitude import region_elevation
+from climax_elevation.testbed.fit import DataSettings, one_thread
+from climax_elevation.testbed.tracer import floor, write_tracer_dataset
 from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
 
 try:

@@ -21,8 +21,8 @@ from climax_elevation.data.names import (
     conversion,
     find_variable,
 )
-from climax_elevation.data.units import Linear
 from climax_elevation.errors import InputError
+from climax_elevation.terrain.units import Linear
 
 logger = logging.getLogger(__name__)
 

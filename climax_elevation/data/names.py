@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from climax_elevation.data import units
-from climax_elevation.data.units import Linear, Units
+from climax_elevation.terrain import units
+from climax_elevation.terrain.units import Linear, Units
 
 CLIMAX_LEVELS_HPA = (50, 250, 500, 600, 700, 850, 925)
 """The pressure levels that ClimaX was pretrained on."""

@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves
 from climax_elevation.checks import finite, one_of
-from climax_elevation.data.shards import Normalize
 from climax_elevation.diagnostics.strength import evaluating, terrain_blocks
 from climax_elevation.errors import InputError
-from climax_elevation.metrics import lat_weighted_rmse
-from climax_elevation.reader import TerrainReader, level
+from climax_elevation.host.metrics import lat_weighted_rmse
+from climax_elevation.host.shards import Normalize
+from climax_elevation.terrain.reader import TerrainReader, level
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 PARTS = ("val", "test")
 PERMUTATION_SEED = 0

@@ -66,8 +66,8 @@ def _train_upstream(module: str, source: Source, given: Modernized) -> None:
 
 
 def _train_stand_in(given: Modernized) -> None:
-    from climax_elevation.data.shards import GlobalForecastDataModule
-    from climax_elevation.forecast import GlobalForecastModule
+    from climax_elevation.host.module import GlobalForecastModule
+    from climax_elevation.host.shards import GlobalForecastDataModule
     from climax_elevation.upstream.lightning import TrainingCLI
 
     cli = TrainingCLI(

@@ -35,9 +35,9 @@ from climax_elevation.attention.partial_softmax import attend, differentiate
 from climax_elevation.bias.as_data import described, given_values, tensors_of, why_no_data, with_tensors
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, map_tensors
 from climax_elevation.compiled import packed
+from climax_elevation.compiled.slices import slices
+from climax_elevation.compiled.threads import at_once, shares
 from climax_elevation.errors import InputError
-from climax_elevation.slices import slices
-from climax_elevation.threads import at_once, shares
 from climax_elevation.transforms import each_in_turn, tracing
 
 CHOSEN_FROM = {"cpu": 256}  # tokens; measured

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from climax_elevation import plots
 from climax_elevation.diagnostics.monitor import FILE, Row, read_record
 from climax_elevation.diagnostics.run import Run
 from climax_elevation.diagnostics.view import Place, error_field, ground_field, transect, view_from
+from climax_elevation.draw import plots
 from climax_elevation.errors import InputError
 
 DIFFERENCES = "differences.csv"

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from climax_elevation.data.format import check_degrees
-from climax_elevation.elevation_file import ElevationField
 from climax_elevation.errors import InputError
-from climax_elevation.order import published_order, wind_order
-from climax_elevation.plausible import HIGHEST_M, LOWEST_M
-from climax_elevation.terrain import Terrain, downsample_elevation, downsample_wind
+from climax_elevation.terrain.elevation_file import ElevationField
+from climax_elevation.terrain.fields import Terrain, downsample_elevation, downsample_wind
+from climax_elevation.terrain.order import published_order, wind_order
+from climax_elevation.terrain.plausible import HIGHEST_M, LOWEST_M
 from climax_elevation.watch import judge, judged
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class TerrainReader(nn.Module):
         static_terrain: The channel is the same for all samples: it is read once a batch.
         terrain_is_flat: Elevations within 10 m of zero are meant, not a standardised channel.
         grid_spacing_m: Distance between pixels of a plane grid, metres; None: latitudes and longitudes tell.
-        patch_order: One of `climax_elevation.order.PATCH_ORDERS`.
+        patch_order: One of `climax_elevation.terrain.order.PATCH_ORDERS`.
         control: One of `CONTROLS`: what biases see in the place of the ground.
         control_seed: By which "permuted" shuffles.
     """

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from climax_elevation.data.format import load_npy, load_npz
 from climax_elevation.errors import InputError
-from climax_elevation.reader import TerrainReader
+from climax_elevation.terrain.reader import TerrainReader
 
 REMEDY = "copy it again from the data that the model was trained on, or name another stats_dir"
 

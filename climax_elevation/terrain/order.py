@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from climax_elevation.terrain import Terrain
+from climax_elevation.terrain.fields import Terrain
 
 PATCH_ORDERS = ("raster", "wind", "wind_as_published")
 SECTORS = 16

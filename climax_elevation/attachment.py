@@ -12,14 +12,14 @@ from torch import nn
 
 from climax_elevation.attention import check_engine
 from climax_elevation.bias import ElevationBias, PhysicsBias, build_bias
-from climax_elevation.bias.total import check_arguments
+from climax_elevation.bias.build import check_arguments
 from climax_elevation.block import PhysicsGuidedBlockCorrected, TerrainBlock, check_host_block
 from climax_elevation.checks import one_of, positive
-from climax_elevation.elevation_file import read_elevation_file
 from climax_elevation.errors import InputError
-from climax_elevation.order import PATCH_ORDERS
-from climax_elevation.reader import CONTROLS, TerrainReader
-from climax_elevation.statistics import read_folder
+from climax_elevation.terrain.elevation_file import read_elevation_file
+from climax_elevation.terrain.order import PATCH_ORDERS
+from climax_elevation.terrain.reader import CONTROLS, TerrainReader
+from climax_elevation.terrain.stats_dir import read_folder
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def attach(
         grid_spacing_m: Distance between pixels of a plane grid, where `advection` has no latitudes; the rows
             go from south to north.
         patch_order: "raster"; "wind", upwind patches first (which changes nothing but rounding); or
-            "wind_as_published", with the position embedding left behind. See `climax_elevation.order`.
+            "wind_as_published", with the position embedding left behind. See `climax_elevation.terrain.order`.
         control: "none"; or what biases see in the place of the ground, to tell what terrain does from what else a
             bias does: "flat" (0 m everywhere), "mirrored" (east and west exchanged) or "permuted" (the heights of
             the patches shuffled).

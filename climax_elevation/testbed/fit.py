@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from climax_elevation.bias import ElevationBias
 from climax_elevation.checks import count, positive, true_or_false
-from climax_elevation.data.shards import GlobalForecastDataModule
 from climax_elevation.errors import InputError
-from climax_elevation.forecast import GlobalForecastModule
 from climax_elevation.host import StandInClimaX
+from climax_elevation.host.module import GlobalForecastModule
+from climax_elevation.host.shards import GlobalForecastDataModule
 from climax_elevation.training import TerrainCallback
 
 WARM_UP_SHARE = 10  # of the steps, one in so many
@@ -201,7 +201,7 @@ class Fitted:
 
     Attributes:
         trainer, module, data: As they were trained.
-        curve: Training steps, and validation's w_rmse there (see `climax_elevation.metrics`).
+        curve: Training steps, and validation's w_rmse there (see `climax_elevation.host.metrics`).
         seconds_a_step: Median over training, reading of data excluded.
         scalars: Each of `bias_scalars`, before and after training.
     """

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from climax_elevation.bias.base import ElevationBias, Tensors
+from climax_elevation.bias.registry import bias_class
 from climax_elevation.errors import InputError
-from climax_elevation.registry import bias_class
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 HOST_ARGUMENTS = ("num_heads", "grid")  # what the host decides, not the user
 

@@ -27,7 +27,7 @@ from climax_elevation.data.format import (
     reading,
 )
 from climax_elevation.errors import InputError
-from climax_elevation.reader import HOURS_PER_LEAD_TIME
+from climax_elevation.terrain.reader import HOURS_PER_LEAD_TIME
 
 logger = logging.getLogger(__name__)
 

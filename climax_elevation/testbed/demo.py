@@ -14,11 +14,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from climax_elevation.bias import ElevationBias
-from climax_elevation.data.altitude import ElevationMap, region_elevation
-from climax_elevation.data.shards import GlobalForecastDataModule
 from climax_elevation.diagnostics.view import Field
 from climax_elevation.errors import InputError
-from climax_elevation.experiment import (
+from climax_elevation.host import StandInClimaX
+from climax_elevation.host.shards import GlobalForecastDataModule
+from climax_elevation.testbed.altitude import ElevationMap, region_elevation
+from climax_elevation.testbed.fit import (
     DataSettings,
     ModelSettings,
     TrainingSettings,
@@ -27,8 +28,7 @@ from climax_elevation.experiment import (
     one_thread,
     quiet,
 )
-from climax_elevation.host import StandInClimaX
-from climax_elevation.tracer import TRACER_VARIABLES, Floor, TracerSettings, floor, write_tracer_dataset
+from climax_elevation.testbed.tracer import TRACER_VARIABLES, Floor, TracerSettings, floor, write_tracer_dataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +121,7 @@ def demo(
 
     Args:
         out: Folder for the data set and the picture; what an earlier demo wrote there is replaced.
-        region: One of `climax_elevation.data.altitude.REGIONS`.
+        region: One of `climax_elevation.testbed.altitude.REGIONS`.
         bias: One of `climax_elevation.available_biases()`, or several with "+" between.
         seed: Of data, weights and order.
         bias_args: As `climax_elevation.attach` takes them; none: all blocks, and the bias's own defaults.
@@ -209,7 +209,7 @@ def _bias_of_one_patch(
 
 
 def _draw(report: DemoReport, floor: Floor, bias: NDArray[np.float32], patch: tuple[int, int]) -> None:
-    from climax_elevation.plots import new_figure, readable_fonts
+    from climax_elevation.draw.plots import new_figure, readable_fonts
 
     with readable_fonts():
         figure = new_figure(12, 9)
@@ -223,7 +223,7 @@ def _draw(report: DemoReport, floor: Floor, bias: NDArray[np.float32], patch: tu
 def _maps(
     terrain: Axes, learned: Axes, ground: ElevationMap, bias: NDArray[np.float32], patch: tuple[int, int]
 ) -> None:
-    from climax_elevation.plots import BIAS_LABEL, bias_colours, draw_map, mark
+    from climax_elevation.draw.plots import BIAS_LABEL, bias_colours, draw_map, mark
 
     lat, lon = (axis.reshape(n, -1).mean(axis=1) for axis, n in zip((ground.lat, ground.lon), bias.shape, strict=True))
     field = Field(ground.lat, ground.lon, ground.elevation_m)

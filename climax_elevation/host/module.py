@@ -17,9 +17,9 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from climax_elevation.data.shards import Normalize
 from climax_elevation.errors import InputError
-from climax_elevation.metrics import lat_weighted_acc, lat_weighted_mse, lat_weighted_mse_val, lat_weighted_rmse
+from climax_elevation.host.metrics import lat_weighted_acc, lat_weighted_mse, lat_weighted_mse_val, lat_weighted_rmse
+from climax_elevation.host.shards import Normalize
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from climax_elevation.block import timm_block
 from climax_elevation.errors import InputError
 
 if TYPE_CHECKING:
-    from climax_elevation.reader import TerrainReader
+    from climax_elevation.terrain.reader import TerrainReader
 
 WEIGHT_STD = 0.02
 LONGEST_WAVE = 10000.0
@@ -112,7 +112,7 @@ class StandInClimaX(nn.Module):
         self.apply(_initialize)
 
         if use_physics_mask:
-            from climax_elevation.attach import attach
+            from climax_elevation.attachment import attach
 
             attach(self, bias_type, **(bias_args or {}))
 
@@ -162,7 +162,7 @@ class StandInClimaX(nn.Module):
         clim: Tensor,
         log_postfix: str,
     ) -> list[dict[str, Tensor]]:
-        """Predict, and score in physical units: see `climax_elevation.metrics` for the arguments."""
+        """Predict, and score in physical units: see `climax_elevation.host.metrics` for the arguments."""
         _, predictions = self.forward(x, y, lead_times, variables, out_variables, metric=None, lat=lat)
         return [m(predictions, y, transform, out_variables, lat, clim, log_postfix) for m in metrics]
 
