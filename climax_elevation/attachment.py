@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from climax_elevation.attention import check_engine
 from climax_elevation.bias import ElevationBias, PhysicsBias, build_bias
 from climax_elevation.bias.build import check_arguments
 from climax_elevation.block import PhysicsGuidedBlockCorrected, TerrainBlock, check_host_block
-from climax_elevation.checks import one_of, positive
 from climax_elevation.errors import InputError
+from climax_elevation.options import AttachOptions
+from climax_elevation.seam import TerrainSeam
 from climax_elevation.terrain.elevation_file import read_elevation_file
-from climax_elevation.terrain.order import PATCH_ORDERS
-from climax_elevation.terrain.reader import CONTROLS, TerrainReader
+from climax_elevation.terrain.reader import TerrainReader
 from climax_elevation.terrain.stats_dir import read_folder
 
 logger = logging.getLogger(__name__)
@@ -34,112 +36,139 @@ class Host(nn.Module):
     patch_size: int
     default_vars: Sequence[str]
     use_physics_mask: bool
-    terrain: TerrainReader
+    terrain: TerrainSeam
 
 
-def attach(
-    model: nn.Module,
-    bias_type: str = "physics",
-    *,
-    blocks: Sequence[int] | str = (0,),
-    elevation_variable: str = "orography",
-    wind_variables: Sequence[str] = ("10m_u_component_of_wind", "10m_v_component_of_wind"),
-    elevation_file: str | None = None,
-    stats_dir: str | None = None,
-    engine: str = "auto",
-    static_terrain: bool = False,
-    terrain_is_flat: bool = False,
-    grid_spacing_m: float | None = None,
-    patch_order: str = "raster",
-    control: str = "none",
-    control_seed: int = 0,
-    **bias_args: Any,
-) -> None:
+def _signature(function: Callable[..., None]) -> inspect.Signature:
+    """With the options by name, each with its default, in the place of what is written out once elsewhere."""
+    own = inspect.signature(function, eval_str=True)
+    model, bias_type, _ = own.parameters.values()
+    kinds = inspect.Parameter
+    named = [
+        kinds(option.name, kinds.KEYWORD_ONLY, default=option.default, annotation=option.type)
+        for option in fields(AttachOptions)
+    ]
+    return own.replace(parameters=[model, bias_type, *named, kinds("bias_args", kinds.VAR_KEYWORD, annotation=Any)])
+
+
+def attach(model: nn.Module, bias_type: str = "physics", **arguments: Any) -> None:
     """Make the attention of a ClimaX model's blocks terrain-aware, in place.
 
-    The chosen blocks are replaced by blocks that hold the same submodules under the same keys and
-    one bias each, `blocks.N.attn.bias.*`; the model gains `terrain`, which reads metres and m/s from
-    its input. Weights and random numbers of the host are left as they were. Everything is checked
-    before anything is changed.
+        The chosen blocks are replaced by blocks that hold the same submodules under the same keys and
+        one bias each, `blocks.N.attn.bias.*`; the model gains `terrain`, which reads metres and m/s from
+        its input. Weights and random numbers of the host are left as they were. Everything is checked
+        before anything is changed. `detach` undoes it.
 
-    Args:
-        model: Has `blocks` (timm's), `img_size`, `patch_size` and `default_vars`, as ClimaX does.
-        bias_type: One of `available_biases()`, or several with "+" between.
-        blocks: Indices of the blocks, or "all".
-        elevation_variable: Channel that holds the orography.
-        wind_variables: Channels of eastward and northward wind; read if the bias needs wind.
-        elevation_file: Elevation in metres (.nc, .npz, .npy), instead of the channel.
-        stats_dir: Folder with normalize_mean.npz and normalize_std.npz; a data module's statistics
-            come through `climax_elevation.training.TerrainCallback` instead.
-        engine: As `biased_attention`.
-        static_terrain: The orography channel is the same in every sample, so one bias serves a batch.
-        terrain_is_flat: All ground lies within 10 m of zero, and is not a standardised channel.
-        grid_spacing_m: Distance between pixels of a plane grid, where `advection` has no latitudes; the rows
-            go from south to north.
-        patch_order: "raster"; "wind", upwind patches first (which changes nothing but rounding); or
-            "wind_as_published", with the position embedding left behind. See `climax_elevation.terrain.order`.
-        control: "none"; or what biases see in the place of the ground, to tell what terrain does from what else a
-            bias does: "flat" (0 m everywhere), "mirrored" (east and west exchanged) or "permuted" (the heights of
-            the patches shuffled).
-        control_seed: By which they are shuffled, 0 or more.
-        bias_args: The bias's own arguments, by name; for a sum, a dictionary for each part.
+        Args:
+            model: Has `blocks` (timm's), `img_size`, `patch_size` and `default_vars`, as ClimaX does.
+            bias_type: One of `available_biases()`, or several with "+" between.
+    {options}
+            bias_args: The bias's own arguments, by name; for a sum, a dictionary for each part.
 
-    Raises:
-        InputError: For an unknown name (the message lists the valid ones), a block or variable that
-            the model does not have, or a file that does not fit.
+        Raises:
+            InputError: For an unknown name (the message lists the valid ones), a block or variable that
+                the model does not have, or a file that does not fit.
     """
-    _check_names(bias_type, bias_args)
-    check_engine(engine)
+    check_arguments(bias_type, arguments, shared=AttachOptions.names())
+    shared = {name: arguments.pop(name) for name in AttachOptions.names() if name in arguments}
+    options = AttachOptions(**shared)
     host_model = _checked_host(model)
-    chosen = _chosen_blocks(len(host_model.blocks), blocks)
+    chosen = _chosen_blocks(len(host_model.blocks), options.blocks)
     hosts = {index: host_model.blocks[index] for index in chosen}
     for host in hosts.values():
         check_host_block(host)
-    one_of("patch_order", patch_order, PATCH_ORDERS)
-    if patch_order == "wind_as_published" and (0 not in chosen or not hasattr(model, "pos_embed")):
+    if options.patch_order == "wind_as_published" and (0 not in chosen or not hasattr(model, "pos_embed")):
         raise InputError("patch_order wind_as_published acts where tokens enter: it needs block 0 among blocks")
     grid = (host_model.img_size[0] // host_model.patch_size, host_model.img_size[1] // host_model.patch_size)
-    biases = {index: _build(bias_type, host, grid, bias_args) for index, host in hosts.items()}
-    needs_wind = patch_order != "raster" or any(bias.needs & WIND_FIELDS for bias in biases.values())
-    reader = TerrainReader(
-        host_model.img_size,
-        host_model.patch_size,
-        elevation_variable=elevation_variable,
-        wind_variables=_pair(wind_variables) if needs_wind else None,
-        elevation_file=None if elevation_file is None else read_elevation_file(elevation_file, elevation_variable),
-        static_terrain=static_terrain,
-        terrain_is_flat=terrain_is_flat,
-        grid_spacing_m=None if grid_spacing_m is None else positive("grid_spacing_m", grid_spacing_m, "metres"),
-        patch_order=patch_order,
-        control=one_of("control", control, CONTROLS),
-        control_seed=_seed(control_seed),
-    ).to(next(model.parameters()).device)
-    _check_variables(host_model.default_vars, reader, elevation_file)
-    if stats_dir is not None:
-        read_folder(reader, stats_dir)
-    if patch_order == "wind_as_published":
-        reader.host = (model,)
+    biases = {index: _build(bias_type, host, grid, arguments) for index, host in hosts.items()}
+    needs_wind = options.patch_order != "raster" or any(bias.needs & WIND_FIELDS for bias in biases.values())
+    seam = _seam(host_model, options, needs_wind).to(next(model.parameters()).device)
+    _check_variables(host_model.default_vars, seam, options.elevation_file)
+    if options.stats_dir is not None:
+        read_folder(seam, options.stats_dir)
+        seam.cache_dir = Path(options.stats_dir)
 
     for index, bias in biases.items():
-        host_model.blocks[index] = _terrain_block(hosts[index], bias, engine)
-    host_model.terrain = reader
+        host_model.blocks[index] = _terrain_block(hosts[index], bias, options.engine)
+    host_model.terrain = seam
     host_model.use_physics_mask = True
     logger.info(
         "terrain: bias %s in blocks %s of %d, elevation from %s",
         bias_type,
         ", ".join(map(str, chosen)),
         len(host_model.blocks),
-        elevation_file or f"channel {elevation_variable!r}",
+        options.elevation_file or f"channel {options.elevation_variable!r}",
     )
 
 
-def _check_names(bias_type: str, bias_args: dict[str, Any]) -> None:
-    own = [
-        name
-        for name, parameter in inspect.signature(attach).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
-    check_arguments(bias_type, bias_args, shared=own)
+attach.__doc__ = (attach.__doc__ or "").replace("{options}", AttachOptions.described())
+attach.__signature__ = _signature(attach)  # type: ignore[attr-defined]
+
+
+def detach(model: nn.Module) -> None:
+    """Give a model its own blocks back: the objects that `attach` replaced, under the same keys, with today's weights.
+
+    Args:
+        model: That `attach` made terrain-aware, or a module that holds it.
+
+    Raises:
+        InputError: If it has no terrain bias.
+    """
+    host = _attached(model)
+    for index, block in enumerate(host.blocks):
+        if isinstance(block, TerrainBlock):
+            host.blocks[index] = block.release()
+    del host.terrain
+    host.use_physics_mask = False
+
+
+@contextmanager
+def bias_off(model: nn.Module) -> Iterator[None]:
+    """Compute without the bias: as the unmodified host would with the weights that it has now.
+
+    Args:
+        model: That `attach` made terrain-aware, or a module that holds it.
+
+    Raises:
+        InputError: If it has no terrain bias.
+    """
+    host = _attached(model)
+    biased = {index: block for index, block in enumerate(host.blocks) if isinstance(block, TerrainBlock)}
+    try:
+        for index, block in biased.items():
+            host.blocks[index] = block.release()
+        host.use_physics_mask = False
+        yield
+    finally:
+        for index, block in biased.items():
+            host.blocks[index] = block.train(host.blocks[index].training)
+        host.use_physics_mask = True
+
+
+def _attached(model: nn.Module) -> Host:
+    for module in model.modules():
+        if isinstance(getattr(module, "terrain", None), TerrainSeam) and hasattr(module, "blocks"):
+            return cast(Host, module)
+    raise InputError(f"this {type(model).__name__} has no terrain bias: attach one first")
+
+
+def _seam(model: Host, options: AttachOptions, needs_wind: bool) -> TerrainSeam:
+    file = options.elevation_file
+    eastward, northward = options.wind_variables
+    return TerrainSeam(
+        model.img_size,
+        model.patch_size,
+        patch_order=options.patch_order,
+        host=model if options.patch_order == "wind_as_published" else None,
+        elevation_variable=options.elevation_variable,
+        wind_variables=(eastward, northward) if needs_wind else None,
+        elevation_file=None if file is None else read_elevation_file(file, options.elevation_variable),
+        static_terrain=options.static_terrain,
+        terrain_is_flat=options.terrain_is_flat,
+        grid_spacing_m=options.grid_spacing_m,
+        control=options.control,
+        control_seed=options.control_seed,
+    )
 
 
 def _checked_host(model: nn.Module) -> Host:
@@ -172,18 +201,6 @@ def _build(bias_type: str, host: nn.Module, grid: tuple[int, int], bias_args: di
     with torch.random.fork_rng(devices=[]):
         bias = build_bias(bias_type, num_heads=attention.num_heads, grid=grid, **bias_args)
     return bias.to(attention.qkv.weight.device, attention.qkv.weight.dtype)
-
-
-def _seed(control_seed: int) -> int:
-    if isinstance(control_seed, bool) or not isinstance(control_seed, int) or not 0 <= control_seed < 2**32:
-        raise InputError(f"control_seed is a whole number from 0 to {2**32 - 1}, not {control_seed!r}")
-    return control_seed
-
-
-def _pair(wind_variables: Sequence[str]) -> tuple[str, str]:
-    if isinstance(wind_variables, str) or len(wind_variables) != 2:
-        raise InputError(f"wind_variables names two channels, eastward and northward wind, not {wind_variables!r}")
-    return (wind_variables[0], wind_variables[1])
 
 
 def _check_variables(known: Sequence[str], reader: TerrainReader, elevation_file: str | None) -> None:

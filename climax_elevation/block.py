@@ -208,8 +208,21 @@ class TerrainBlock(nn.Module):
     def __init__(self, host: nn.Module, bias: ElevationBias, engine: str = "auto") -> None:
         super().__init__()
         check_host_block(host)
+        self.host = (host,)  # in a tuple, lest it be registered as a part
         for name, part in host.named_children():
             self.add_module(name, _attention(part, bias, engine) if name == "attn" else part)
+
+    def release(self) -> nn.Module:
+        """The host block, with the parts that this block has now, in its mode."""
+        (host,) = self.host
+        for name, part in self.named_children():
+            if name != "attn":
+                host.add_module(name, part)
+        attention = cast(nn.Module, host.attn)
+        for name, part in self.attn.named_children():
+            if name != "bias":
+                attention.add_module(name, part)
+        return host.train(self.training)
 
     def engine_for(self, tokens: int) -> str:
         """As its attention's."""

@@ -18,7 +18,8 @@ import torch
 from reference.write_reference import CASES, NAMES, build, run, shapes
 
 from climax_elevation import InputError
-from climax_elevation.host import StandInClimaX, grid_sinusoids, metrics, sinusoids
+from climax_elevation.host import StandInClimaX, metrics
+from climax_elevation.host.model import grid_sinusoids, sinusoids
 from climax_elevation.upstream import find_climax, overlay
 
 FOLDER = Path(__file__).parent / "reference"

@@ -6,8 +6,8 @@ from test_attach import batch, model, predict, strong
 from test_terrain import LAT, LON, MEAN, STD, VARIABLES, WINDS, physical_batch, reader, reader_with_statistics
 
 from climax_elevation import InputError, attach
+from climax_elevation.terrain.controls import level
 from climax_elevation.terrain.elevation_file import ElevationField
-from climax_elevation.terrain.reader import level
 
 
 def test_what_attach_does_where_nothing_is_said():

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from climax_elevation import InputError, Terrain, TerrainReader, downsample_elevation
+from climax_elevation import InputError, PhysicsBias, Terrain, downsample_elevation
+from climax_elevation.block import TerrainBlock, timm_block
+from climax_elevation.seam import TerrainSeam
 from climax_elevation.terrain.elevation_file import ElevationField, read_elevation_file
 
 VARIABLES = ("orography", "2m_temperature", "10m_u_component_of_wind", "10m_v_component_of_wind")
@@ -18,7 +20,7 @@ STD = {"orography": 800.0, "2m_temperature": 20.0, WINDS[0]: 5.0, WINDS[1]: 4.0}
 
 def reader(**options):
     defaults = {"elevation_variable": "orography", "wind_variables": WINDS}
-    return TerrainReader([4, 6], 2, **(defaults | options))
+    return TerrainSeam([4, 6], 2, **(defaults | options))
 
 
 def physical_batch(batch=2, seed=0):
@@ -178,14 +180,11 @@ def test_a_region_of_a_mirrored_ground_is_that_of_the_whole():
 def for_a_block(read, x, patch_ids=None):
     """The terrain that a block is given."""
 
-    class Bias(torch.nn.Module):
-        def prepare(self, terrain, cache_dir):
-            pass
+    class Block(TerrainBlock):
+        def terrain_inputs(self, terrain, order=None):
+            return {"terrain": terrain}
 
-    block = torch.nn.Module()
-    block.attn = torch.nn.Module()
-    block.attn.bias = Bias()
-    block.terrain_inputs = lambda terrain: {"terrain": terrain}
+    block = Block(timm_block(8, 2, 4.0, drop=0.0), PhysicsBias())
     return read.for_blocks([block], x, torch.tensor([0.5, 0.5]), VARIABLES, patch_ids)[0]["terrain"]
 
 

@@ -15,7 +15,7 @@ from climax_elevation.block import timm_block
 from climax_elevation.errors import InputError
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain.reader import TerrainReader
+    from climax_elevation.seam import TerrainSeam
 
 WEIGHT_STD = 0.02
 LONGEST_WAVE = 10000.0
@@ -57,7 +57,7 @@ class StandInClimaX(nn.Module):
     Source: arXiv 2301.10343, section 3; names and details as in microsoft/ClimaX at 6d5d354.
     """
 
-    terrain: TerrainReader
+    terrain: TerrainSeam
 
     def __init__(
         self,

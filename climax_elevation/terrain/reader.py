@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,9 @@ from torch import Tensor, nn
 
 from climax_elevation.data.format import check_degrees
 from climax_elevation.errors import InputError
+from climax_elevation.terrain.controls import controlled, shuffled
 from climax_elevation.terrain.elevation_file import ElevationField
 from climax_elevation.terrain.fields import Terrain, downsample_elevation, downsample_wind
-from climax_elevation.terrain.order import published_order, wind_order
 from climax_elevation.terrain.plausible import HIGHEST_M, LOWEST_M
 from climax_elevation.watch import judge, judged
 
@@ -30,30 +28,6 @@ LEAST_CORRELATION = 0.9  # of an elevation file with the orography channel
 LEVEL_M = 1e-3  # a standard deviation below this is rounding; of a standardised channel:
 LEVEL_CHANNEL = 1e-5
 HOURS_PER_LEAD_TIME = 100.0  # ClimaX feeds lead times in hundreds of hours
-
-
-def level(terrain: Terrain) -> Terrain:
-    """All ground at 0 m."""
-    return replace(terrain, elevation_m=torch.zeros_like(terrain.elevation_m))
-
-
-def mirrored(terrain: Terrain) -> Terrain:
-    """East and west exchanged: relief of the same kind, in the wrong places."""
-    fields = terrain.elevation_m.unflatten(1, terrain.grid)
-    return replace(terrain, elevation_m=fields.flip(2).flatten(1))
-
-
-def permuted(terrain: Terrain, order: Tensor) -> Terrain:
-    """The heights of the patches shuffled: the same heights, without their relief."""
-    return replace(terrain, elevation_m=terrain.elevation_m[:, order])
-
-
-def shuffled(count: int, seed: int) -> Tensor:
-    """An order of `count` patches, the same on any machine."""
-    return torch.from_numpy(np.random.RandomState(seed).permutation(count))  # whose numbers NumPy promises to keep
-
-
-CONTROLS = ("none", "flat", "mirrored", "permuted")
 
 
 class TerrainReader(nn.Module):
@@ -76,10 +50,11 @@ class TerrainReader(nn.Module):
         static_terrain: The channel is the same for all samples: it is read once a batch.
         terrain_is_flat: Elevations within 10 m of zero are meant, not a standardised channel.
         grid_spacing_m: Distance between pixels of a plane grid, metres; None: latitudes and longitudes tell.
-        patch_order: One of `climax_elevation.terrain.order.PATCH_ORDERS`.
         control: One of `CONTROLS`: what biases see in the place of the ground.
         control_seed: By which "permuted" shuffles.
     """
+
+    _engines = ""  # that are in use, where blocks are known
 
     elevation_m: Tensor
     elevation_mean: Tensor
@@ -100,7 +75,6 @@ class TerrainReader(nn.Module):
         static_terrain: bool = False,
         terrain_is_flat: bool = False,
         grid_spacing_m: float | None = None,
-        patch_order: str = "raster",
         control: str = "none",
         control_seed: int = 0,
     ) -> None:
@@ -113,10 +87,7 @@ class TerrainReader(nn.Module):
         self.static_terrain = static_terrain
         self.terrain_is_flat = terrain_is_flat
         self.spacing_m = None if grid_spacing_m is None else grid_spacing_m * self.patch_size
-        self.patch_order = patch_order
         self.control = control
-        self.cache_dir: Path | None = None  # beside the data, where what is long to compute is kept
-        self.host: tuple[nn.Module, ...] = ()  # whose position embedding is wanted; in a tuple, lest it be registered
         tokens = self.grid[0] * self.grid[1]
         shapes = {"elevation_m": (1, tokens), "elevation_mean": (), "elevation_std": (), "wind_mean": (2,)}
         shapes |= {"wind_std": (2,), "lat": (tokens,), "lon": (tokens,)}
@@ -129,8 +100,6 @@ class TerrainReader(nn.Module):
         self._sources: dict[str, str] = {}  # buffer -> where its value is from; absent: not set
         self._field = elevation_file  # waits here until the data's latitudes are known
         self._announced = False
-        self._engines = ""  # of the blocks, once they are known
-        self._prepared = False
         if elevation_file is not None and not elevation_file.has_coordinates:
             self._settle_elevation(None, None)
 
@@ -211,7 +180,7 @@ class TerrainReader(nn.Module):
             self._check_agreement(name, new, source)
         buffer.copy_(new)
         self._sources[name] = source
-        self._announced = self._prepared = False
+        self._changed()
 
     def _check_agreement(self, name: str, new: Tensor, source: str) -> None:
         known: Tensor = getattr(self, name)
@@ -253,67 +222,13 @@ class TerrainReader(nn.Module):
             incoming, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._sources |= dict.fromkeys(loaded, "the checkpoint")
-        self._announced = self._prepared = False
+        self._changed()
 
     def _apply(self, fn: Any, recurse: bool = True) -> TerrainReader:
         # Buffers follow the model to its device, not to half precision: 8000 m would lose metres.
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     # ---- every forward -------------------------------------------------------------------------
-
-    def for_blocks(
-        self,
-        blocks: Iterable[nn.Module],
-        x: Tensor,
-        lead_times: Tensor | None,
-        variables: Sequence[str],
-        patch_ids: Sequence[int] | None = None,
-    ) -> dict[int, dict[str, Any]]:
-        """Keyword arguments for each block that takes terrain, by its index; the seam in ClimaX.
-
-        Args:
-            blocks: Of the model.
-            x, lead_times, variables: As `forward`.
-            patch_ids: The patches that are kept, where not all are.
-        """
-        chosen = {index: block for index, block in enumerate(blocks) if hasattr(block, "terrain_inputs")}
-        if not self._announced:
-            tokens = len(self.elevation_m[0] if patch_ids is None else patch_ids)
-            self._engines = ", ".join(sorted({block.engine_for(tokens) for block in chosen.values()}))  # type: ignore[operator]
-        whole = self(x, lead_times, variables)
-        if not self._prepared:
-            self._prepare(chosen.values(), whole)
-        terrain = whole if patch_ids is None else whole.select(patch_ids)
-        if self.patch_order == "raster":
-            return {index: block.terrain_inputs(terrain) for index, block in chosen.items()}  # type: ignore[operator]
-        order = wind_order(terrain) if self.patch_order == "wind" else published_order(terrain)
-        arguments = {index: block.terrain_inputs(terrain, order) for index, block in chosen.items()}  # type: ignore[operator]
-        if self.patch_order == "wind_as_published":
-            arguments[0]["positions"] = self.host[0].pos_embed[:, terrain.ids]  # type: ignore[index]
-        return arguments
-
-    @contextmanager
-    def replaced(self, change: Callable[[Terrain], Terrain]) -> Iterator[None]:
-        """Hand on `change(terrain)` in the place of each terrain read.
-
-        Biases are prepared for the changed ground at the next forward, without keeping that on disk; what
-        was prepared before has to be put back with the biases themselves.
-        """
-        prepared, cache_dir = self._prepared, self.cache_dir
-        hook = self.register_forward_hook(lambda _, __, terrain: change(terrain))
-        try:
-            self._prepared, self.cache_dir = False, None
-            yield
-        finally:
-            hook.remove()
-            self._prepared, self.cache_dir = prepared, cache_dir
-
-    @torch.compiler.disable
-    def _prepare(self, blocks: Iterable[nn.Module], whole: Terrain) -> None:
-        """What depends on the grid and its ground alone."""
-        for block in blocks:
-            block.attn.bias.prepare(whole, self.cache_dir)  # type: ignore[union-attr, operator]
-        self._prepared = True
 
     def forward(
         self,
@@ -351,15 +266,7 @@ class TerrainReader(nn.Module):
         terrain = replace(terrain, elevation_m=self._judged(terrain, x, variables))
         if not self._announced:
             self._announce(terrain)
-        return self._controlled(terrain)
-
-    def _controlled(self, terrain: Terrain) -> Terrain:
-        """What biases see."""
-        if self.control == "flat":
-            return level(terrain)
-        if self.control == "mirrored":
-            return mirrored(terrain)
-        return permuted(terrain, self.control_order) if self.control == "permuted" else terrain
+        return controlled(terrain, self.control, self.control_order)
 
     def _elevation(self, x: Tensor, variables: Sequence[str]) -> Tensor:
         if "elevation_m" in self._sources:
@@ -441,6 +348,10 @@ class TerrainReader(nn.Module):
     def _remember(self, channel: Tensor) -> None:
         self._first_channel.copy_(channel.detach())
 
+    def _changed(self) -> None:
+        """What is known is not what it was."""
+        self._announced = False
+
     @torch.compiler.disable
     def _announce(self, terrain: Terrain) -> None:
         """Say once what is read."""
@@ -454,7 +365,7 @@ class TerrainReader(nn.Module):
             self._origin,
             control,
             _wind_range(terrain.speed),
-            self._engines and f", engine {self._engines}",
+            self._engines,
         )
 
     def extra_repr(self) -> str:

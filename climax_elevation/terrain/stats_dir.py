@@ -26,7 +26,6 @@ def read_folder(reader: TerrainReader, folder: str | Path) -> None:
         if not (folder / name).is_file():
             raise InputError(f"stats_dir {folder} has no {name}; give the folder that holds it, beside train/ and val/")
     source = f"stats_dir {folder}"
-    reader.cache_dir = folder
     reader.set_statistics(
         _scalars(folder / "normalize_mean.npz"), _scalars(folder / "normalize_std.npz"), source=source
     )
