@@ -54,20 +54,20 @@ def _signature(function: Callable[..., None]) -> inspect.Signature:
 def attach(model: nn.Module, bias_type: str = "physics", **arguments: Any) -> None:
     """Make the attention of a ClimaX model's blocks terrain-aware, in place.
 
-        The chosen blocks are replaced by blocks that hold the same submodules under the same keys and
-        one bias each, `blocks.N.attn.bias.*`; the model gains `terrain`, which reads metres and m/s from
-        its input. Weights and random numbers of the host are left as they were. Everything is checked
-        before anything is changed. `detach` undoes it.
+    The chosen blocks are replaced by blocks that hold the same submodules under the same keys and
+    one bias each, `blocks.N.attn.bias.*`; the model gains `terrain`, which reads metres and m/s from
+    its input. Weights and random numbers of the host are left as they were. Everything is checked
+    before anything is changed. `detach` undoes it.
 
-        Args:
-            model: Has `blocks` (timm's), `img_size`, `patch_size` and `default_vars`, as ClimaX does.
-            bias_type: One of `available_biases()`, or several with "+" between.
-    {options}
-            bias_args: The bias's own arguments, by name; for a sum, a dictionary for each part.
+    Args:
+        model: Has `blocks` (timm's), `img_size`, `patch_size` and `default_vars`, as ClimaX does.
+        bias_type: One of `available_biases()`, or several with "+" between.
+        OPTIONS
+        bias_args: The bias's own arguments, by name; for a sum, a dictionary for each part.
 
-        Raises:
-            InputError: For an unknown name (the message lists the valid ones), a block or variable that
-                the model does not have, or a file that does not fit.
+    Raises:
+        InputError: For an unknown name (the message lists the valid ones), a block or variable that
+            the model does not have, or a file that does not fit.
     """
     check_arguments(bias_type, arguments, shared=AttachOptions.names())
     shared = {name: arguments.pop(name) for name in AttachOptions.names() if name in arguments}
@@ -101,7 +101,7 @@ def attach(model: nn.Module, bias_type: str = "physics", **arguments: Any) -> No
     )
 
 
-attach.__doc__ = (attach.__doc__ or "").replace("{options}", AttachOptions.described())
+attach.__doc__ = (attach.__doc__ or "").replace("        OPTIONS\n", AttachOptions.described())
 attach.__signature__ = _signature(attach)  # type: ignore[attr-defined]
 
 
@@ -119,6 +119,7 @@ def detach(model: nn.Module) -> None:
         if isinstance(block, TerrainBlock):
             host.blocks[index] = block.release()
     del host.terrain
+    host.terrain = None  # type: ignore[assignment]  # as ClimaX has it
     host.use_physics_mask = False
 
 
@@ -180,7 +181,7 @@ def _checked_host(model: nn.Module) -> Host:
             f"this {type(model).__name__} does not hand terrain to its blocks: apply the patch (climax-elevation patch "
             "apply PATH), or train it with climax-elevation train"
         )
-    if hasattr(model, "terrain"):
+    if getattr(model, "terrain", None) is not None:
         raise InputError(f"this {type(model).__name__} has a terrain bias already; attach once, to a new model")
     return cast(Host, model)
 

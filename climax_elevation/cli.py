@@ -84,9 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--climax", type=Path, metavar="PATH", help="a checkout of microsoft/ClimaX, or its folder")
     train.set_defaults(run=_train)
 
-    patch = commands.add_parser("patch", help="apply, check or revert the patch of a ClimaX checkout")
+    patch = commands.add_parser("patch", help="apply, check or revert the patches of a ClimaX checkout")
     patch.add_argument("action", choices=["apply", "check", "revert"])
     patch.add_argument("path", type=Path, metavar="PATH", help="a checkout of microsoft/ClimaX at 6d5d354")
+    patch.add_argument(
+        "--series",
+        choices=("today", "terrain", "all"),
+        default="all",
+        help="today: ClimaX on today's versions; terrain: the flag, on top or by itself (default: all)",
+    )
     patch.set_defaults(run=_patch)
 
     prepare = commands.add_parser("prepare", help="turn reanalysis files into ClimaX's training format")
@@ -192,10 +198,10 @@ def _patch(options: argparse.Namespace, _: list[str]) -> int:
     from climax_elevation.upstream import patching
 
     if options.action == "check":
-        found = patching.check(options.path)
+        found = patching.check(options.path, options.series)
         print(found.sentence)
-        return 0 if found.state in (patching.State.UNPATCHED, patching.State.PATCHED) else 1
-    print(getattr(patching, options.action)(options.path))
+        return int(found.state in (patching.State.HALF, patching.State.MODIFIED))
+    print(getattr(patching, options.action)(options.path, options.series))
     return 0
 
 

@@ -18,7 +18,8 @@ from climax_elevation.bias.registry import all_biases
 from climax_elevation.errors import InputError
 from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
 from climax_elevation.upstream.overlay import importable, overlay
-from climax_elevation.upstream.patching import State, git_executable
+from climax_elevation.upstream.patching import State
+from climax_elevation.upstream.series import git_executable
 
 # distribution: (module, oldest that is supported, first that is not)
 SUPPORTED: dict[str, tuple[str, str, str | None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -97,7 +98,9 @@ class AttachOptions:
     @classmethod
     def described(cls) -> str:
         """The lines of a docstring about them."""
-        return "\n".join(f"        {option.name}: {_sentence(option.metadata)}" for option in fields(cls))
+        indent = {"initial_indent": " " * 8, "subsequent_indent": " " * 12}
+        texts = [f"{option.name}: {_sentence(option.metadata)}" for option in fields(cls)]
+        return "".join(f"{textwrap.fill(text, 116, **indent)}\n" for text in texts)
 
 
 def _sentence(metadata: Any) -> str:

@@ -1,26 +1,31 @@
-"""The patch is applied as a whole or not at all, to what it was made for and to nothing else."""
+"""A series of patches is applied as a whole or not at all, to what it was made for and to nothing else."""
 
 import difflib
 import os
+import re
 import shutil
 import stat
 import subprocess
+from itertools import groupby
 
 import pytest
 
 from climax_elevation.errors import InputError
 from climax_elevation.upstream import find_climax, locate, overlay, patching
-from climax_elevation.upstream.patching import State, apply, check, package_folder, replace_all, revert
+from climax_elevation.upstream.patching import PREFIX, State, apply, check, package_folder, replace_all, revert
+from climax_elevation.upstream.series import SERIES, Patch, blob_id, read_patches
 
 TOY = {
     "arch.py": "first\nkeep\nsecond\nkeep\nsecond\nmiddle\nthird\n",
     "regional_forecast/arch.py": "one\ntwo\nthree\n",
     "climate_projection/arch.py": "alpha\nbeta\n",
+    "train.py": "old\nkeep\n",
 }
 TOY_PATCHED = {
     "arch.py": "first\nkeep\nadded\nsecond\nkeep\nsecond\nmiddle\nchanged\n",
     "regional_forecast/arch.py": "one\ntwo\nthree\nfour\n",
     "climate_projection/arch.py": "beta\n",
+    "train.py": "new\nkeep\n",
 }
 
 
@@ -38,21 +43,27 @@ def toy_patch(name):
         f"b/src/climax/{name}",
         n=1,
     )
-    return f"Why.\n\ndiff --git a/src/climax/{name} b/src/climax/{name}\n{''.join(lines)}".encode()
+    old, new = (blob_id(texts[name].encode()) for texts in (TOY, TOY_PATCHED))
+    header = f"Why.\n\ndiff --git a/src/climax/{name} b/src/climax/{name}\nindex {old}..{new} 100644\n"
+    series = "today" if name == "train.py" else "terrain"
+    return Patch(f"{series}/{name.replace('/', '-')}.patch", series, (header + "".join(lines)).encode())
+
+
+def changed_in_the_package():
+    files = {name for patch in patching.read_patches() for name in patch.files}
+    return {name.removeprefix(PREFIX) for name in files if name.startswith(PREFIX)}
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    """An unpatched checkout of three short files, with a patch each."""
+    """An unpatched checkout of four short files, with a patch each."""
     folder = tmp_path / "checkout"
     package = folder / "src" / "climax"
     for name, text in TOY.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text)
     (package / "utils").mkdir()
-    ids = {name: git(tmp_path, "hash-object", str(package / name)) for name in TOY}
-    patches = [(f"{name.replace('/', '-')}.patch", toy_patch(name)) for name in TOY]
-    monkeypatch.setattr(patching, "ORIGINALS", ids)
+    patches = sorted((toy_patch(name) for name in TOY), key=lambda patch: SERIES.index(patch.series))
     monkeypatch.setattr(patching, "read_patches", lambda: patches)
     return folder
 
@@ -85,7 +96,7 @@ def test_apply_and_revert_are_whole_and_repeatable(checkout):
     patched = contents(checkout)
     assert check(checkout).state is State.PATCHED
     changed = {str(path.relative_to(checkout / "src/climax")) for path in before if patched[path] != before[path]}
-    assert changed == set(patching.ORIGINALS)
+    assert changed == changed_in_the_package()
     assert patched.keys() == before.keys()  # nothing staged is left behind
 
     assert "nothing to do" in apply(checkout)
@@ -192,6 +203,113 @@ def test_local_changes_are_refused_with_the_commit(checkout, action):
     assert contents(checkout) == before
 
 
+@pytest.fixture
+def whole(climax, tmp_path):
+    """A copy of ClimaX's checkout, with what is around the package."""
+    if not (climax / "pyproject.toml").is_file():
+        pytest.skip("this ClimaX is an installation, without what is around the package")
+    folder = tmp_path / "whole"
+    shutil.copytree(climax, folder, ignore=shutil.ignore_patterns(".git", "__pycache__", "assets", "snakemake_configs"))
+    revert(folder)
+    return folder
+
+
+def test_what_is_around_the_package_is_patched_with_it(whole):
+    before = contents(whole)
+    apply(whole)
+    patched = contents(whole)
+    new = {str(path.relative_to(whole)) for path in patched.keys() - before.keys()}
+    assert new == {"configs/terrain.yaml", "docs/reference/terrain.md", "tests/test_terrain.py"}
+    assert all(stat.S_IMODE((whole / name).stat().st_mode) == 0o644 for name in new)
+    assert b"gpus:" not in patched[whole / "configs/global_forecast_climax.yaml"]
+    revert(whole)
+    assert contents(whole) == before
+
+
+@pytest.mark.parametrize("action", [apply, revert])
+def test_a_failure_between_new_files_leaves_none(whole, monkeypatch, action):
+    if action is revert:
+        apply(whole)
+    before = contents(whole)
+    last = "tests/test_terrain.py" if action is apply else "src/climax/regional_forecast/train.py"
+    replace = os.replace
+    failed = []
+
+    def failing(source, destination):
+        if str(destination).endswith(last) and not failed:
+            failed.append(destination)
+            raise OSError("disk full")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(InputError, match=r"disk full.*nothing was changed"):
+        action(whole)
+    assert failed
+    assert contents(whole) == before
+
+
+def test_a_users_own_yaml_is_left_alone_and_named(whole):
+    file = whole / "configs" / "global_forecast_climax.yaml"
+    file.write_text(file.read_text().replace("max_epochs: 100\n", "max_epochs: 7\n"))
+    (whole / "tests" / "test_terrain.py").write_text("mine = True\n")
+    before = contents(whole)
+    told = apply(whole)
+    for name in ("configs/global_forecast_climax.yaml", "tests/test_terrain.py"):
+        assert name in told.partition("left alone")[2]
+        assert name in check(whole).left
+        assert contents(whole)[whole / name] == before[whole / name]
+    assert check(whole).state is State.PATCHED
+    assert "nothing to do" in apply(whole)
+    revert(whole)
+    assert contents(whole) == before
+
+
+def test_each_series_by_itself(checkout):
+    unpatched = contents(checkout)
+    for first, second in (SERIES, SERIES[::-1]):
+        assert f"patched with {first}" in apply(checkout, first)
+        assert [check(checkout, series).state for series in (first, second)] == [State.PATCHED, State.UNPATCHED]
+        found = check(checkout)
+        assert found.state is State.PARTLY
+        assert f"with {first}, not with {second}" in found.sentence
+        one = contents(checkout)
+        apply(checkout, second)
+        assert check(checkout).state is State.PATCHED
+        revert(checkout, second)
+        assert contents(checkout) == one
+        apply(checkout)
+        revert(checkout, first)
+        assert [check(checkout, series).state for series in (first, second)] == [State.UNPATCHED, State.PATCHED]
+        revert(checkout)
+        assert contents(checkout) == unpatched
+    with pytest.raises(InputError, match="series"):
+        apply(checkout, "tomorrow")
+
+
+def test_local_changes_matter_only_to_the_series_that_touch_them(toy):
+    target(toy, "train.py").write_text("old\nkeep\nmine\n")
+    assert check(toy, "today").state is State.MODIFIED
+    apply(toy, "terrain")
+    assert check(toy, "terrain").state is State.PATCHED
+    assert target(toy, "train.py").read_text() == "old\nkeep\nmine\n"
+
+
+def test_some_patches_of_a_series_are_half_of_it(checkout):
+    """As after some of `git am`."""
+    before = contents(checkout)
+    apply(checkout, "today")
+    first = patching.read_patches()[0]
+    for name in first.files:
+        file = target(checkout, name.removeprefix(PREFIX))
+        file.write_bytes(before[file])
+    found = check(checkout, "today")
+    if len({name for patch in patching.read_patches() if patch.series == "today" for name in patch.files}) > 1:
+        assert found.state is State.HALF
+        assert "half patched with today" in found.sentence
+    apply(checkout, "today")
+    assert check(checkout, "today").state is State.PATCHED
+
+
 def test_a_patched_copy_with_a_hunk_elsewhere_is_not_taken_for_patched(toy):
     apply(toy)
     file = target(toy)
@@ -231,18 +349,34 @@ def test_what_is_not_climax(tmp_path):
         check(tmp_path)
 
 
-def test_published_patches_are_short_and_say_why():
-    patches = dict(patching.read_patches())
-    assert len(patches) == 3
-    touched = set()
-    for name, patch in patches.items():
-        header, _, change = patch.decode().partition("diff --git ")
-        assert header.strip(), f"{name} does not say what it is for"
-        lines = change.splitlines()
-        touched |= {line.removeprefix("+++ b/src/climax/") for line in lines if line.startswith("+++ ")}
-        if "src/climax/arch.py " in lines[0]:
-            assert sum(line.startswith("+") and not line.startswith("+++") for line in lines) <= 15
-    assert touched == set(patching.ORIGINALS)
+def test_published_patches_are_mails_that_say_why_with_little_context():
+    patches = read_patches()
+    assert {patch.series for patch in patches} == set(SERIES)
+    for patch in patches:
+        header, _, change = patch.content.decode().partition("diff --git ")
+        assert re.match(r"From \S+ .*\nFrom: .+<.+@.+>\nDate: .+\nSubject: \[PATCH \d+/\d+\] .+\n\n", joined(header))
+        assert len(header.partition("\n\n")[2].strip()) > 40, f"{patch.name} does not say what it is for"
+        assert patch.files
+        runs = [len(list(lines)) for same, lines in groupby(change.splitlines(), lambda line: line[:1] == " ") if same]
+        assert max(runs, default=0) <= 2, f"{patch.name} has more context than git needs"
+
+
+def joined(header):
+    """Folded lines of a mail's header in one."""
+    return re.sub(r"\n[ \t]+", " ", header)
+
+
+def test_the_flag_costs_few_lines():
+    added = [
+        line
+        for patch in read_patches()
+        if patch.series == "terrain"
+        for part in patch.content.decode().split("diff --git ")[1:]
+        if part.startswith("a/src/climax/arch.py ")
+        for line in part.splitlines()
+        if line.startswith("+") and not line.startswith("+++")
+    ]
+    assert 0 < len(added) <= 18
 
 
 def test_overlay_leaves_the_copy_alone_and_nothing_behind(checkout):
@@ -276,6 +410,14 @@ def test_overlay_takes_local_changes_that_the_patches_fit(toy, caplog):
     target(toy).write_text("something else\n")
     with pytest.raises(InputError, match="patches do not fit"), overlay(find_climax(toy), patched=True):
         pass
+
+
+def test_overlay_leaves_out_what_somebody_has_done_already(toy, caplog):
+    target(toy, "train.py").write_text("newer\nkeep\n")
+    with overlay(find_climax(toy), patched=True) as folder:
+        assert (folder / "climax" / "train.py").read_text() == "newer\nkeep\n"
+        assert (folder / "climax" / "arch.py").read_text() == TOY_PATCHED["arch.py"]
+    assert "today/train.py.patch does not fit its local changes" in caplog.text
 
 
 def test_order_of_looking_for_climax(toy, tmp_path, monkeypatch):

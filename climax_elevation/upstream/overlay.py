@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from climax_elevation.upstream.compat import bridge
 from climax_elevation.upstream.locate import Source
 from climax_elevation.upstream.patching import State, patched_contents
 
@@ -24,16 +23,17 @@ def overlay(source: Source, *, patched: bool) -> Iterator[Path]:
 
     Args:
         source: From `find_climax`.
-        patched: Whether to patch the copy too, unless it is patched already.
+        patched: Whether it gets the series "terrain" too, besides "today".
 
     Yields:
         The folder to put on `sys.path`; it is removed at the end.
 
     Raises:
-        InputError: If the copy is to be patched and the patches do not fit.
+        InputError: If the patches do not fit, or git is missing.
     """
-    contents = patched_contents(source.package) if patched and source.state is not State.PATCHED else {}
-    if contents and source.state is State.MODIFIED:
+    whole = source.state is State.PATCHED
+    contents = {} if whole else patched_contents(source.package, "all" if patched else "today")
+    if contents and patched and source.state is State.MODIFIED:
         logger.warning("%s; the patches fit all the same and are used in a temporary copy", source.examination.sentence)
     with tempfile.TemporaryDirectory(prefix="climax-elevation-") as temporary:
         folder = Path(temporary) / "src"
@@ -41,7 +41,6 @@ def overlay(source: Source, *, patched: bool) -> Iterator[Path]:
         shutil.copytree(source.package, package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         for name, content in contents.items():
             (package / name).write_bytes(content)
-        bridge(package)
         yield folder
 
 

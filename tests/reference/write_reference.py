@@ -1,16 +1,21 @@
-"""Writes reference.npz and manifest.json: what unmodified ClimaX computes, for the stand-in to match.
+"""Writes reference.npz, weights.npz and manifest.json: what unmodified ClimaX computes on the versions of its time.
 
     CLIMAX_SRC=PATH_OF_A_CHECKOUT python tests/reference/write_reference.py
 
-Weights and inputs are filled by a formula, because initialisers and random generators change between
-versions. Only this script writes the two files.
+with a Python of upstream's docker/environment.yml (3.8, torch 1.12.1, timm 0.6.12, numpy 1.23.5), which needs
+nothing of this package. Weights and inputs of reference.npz are filled by a formula; weights.npz has what a seed
+draws, and what two steps of training make of the formula's weights. Only this script writes the three files.
 """
+
+from __future__ import annotations
 
 import hashlib
 import importlib
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -22,10 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from climax_elevation.upstream import find_climax, overlay
-from climax_elevation.upstream.overlay import importable
-from climax_elevation.upstream.patching import COMMIT, State
-
+COMMIT = "6d5d354ffb4b91bb684f430b98e8f6f8af7c7f7c"
 HERE = Path(__file__).parent
 NAMES = ["land_sea_mask", "orography", "lattitude", "2m_temperature", "10m_u_component_of_wind"]
 
@@ -63,6 +65,8 @@ CASES: dict[str, dict[str, Any]] = {
         "out_variables": ["10m_u_component_of_wind", "2m_temperature"],
     },
 }
+
+WEIGHTS_OF = ("serial", "parallel_subset")  # the smallest of either kind
 
 
 def formula(name: str, shape: tuple[int, ...], scale: float, offset: float = 0.0) -> Tensor:
@@ -109,9 +113,33 @@ def run(model: nn.Module, metrics: Any, case: str) -> dict[str, np.ndarray]:
         )
         encoded = model.forward_encoder(x, lead_times, variables)
     numbers = {f"loss/{name}": value for name, value in losses[0].items()}
-    numbers |= {f"score/{name}": value for score in evaluated for name, value in score.items()}
-    numbers |= {"predictions": predictions, "encoded": encoded}
+    numbers.update({f"score/{name}": value for score in evaluated for name, value in score.items()})
+    numbers.update({"predictions": predictions, "encoded": encoded})
     return {name: np.asarray(value, dtype=np.float32) for name, value in numbers.items()}
+
+
+def drawn(model_class: Callable[..., nn.Module], case: str) -> dict[str, np.ndarray]:
+    """The weights of a case's model as seed 0 draws them."""
+    torch.manual_seed(0)
+    model = model_class(NAMES, **CASES[case]["model"], parallel_patch_embed=case.startswith("parallel"))
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def trained(model_class: Callable[..., nn.Module], metrics: Any, case: str) -> dict[str, np.ndarray]:
+    """The weights of a case's model after two steps of gradient descent from the formula's, without dropout."""
+    model, settings = build(model_class, case), CASES[case]
+    height, width = settings["model"]["img_size"]
+    batch, variables, targets = settings["batch"], settings["variables"], settings["out_variables"]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step in ("first", "second"):
+        x = formula(f"x {step}", (batch, len(variables), height, width), 1.0)
+        y = formula(f"y {step}", (batch, len(targets), height, width), 1.0)
+        lead_times, lat = torch.linspace(0.06, 7.3, batch), np.linspace(-70.0, 50.0, height)
+        losses, _ = model(x, y, lead_times, variables, targets, [metrics.lat_weighted_mse], lat)
+        optimizer.zero_grad()
+        losses[0]["loss"].backward()
+        optimizer.step()
+    return {name: value.numpy() for name, value in model.state_dict().items()}
 
 
 def shapes(model: nn.Module) -> dict[str, str]:
@@ -124,31 +152,45 @@ def _to_physical(x: Tensor) -> Tensor:
 
 
 def _write(checkout: Path) -> None:
-    found = find_climax(checkout)
-    if found.state is not State.UNPATCHED:
-        sys.exit(f"the reference is unmodified ClimaX: {found.examination.sentence}")
+    _check_unmodified(checkout)
+    sys.path.insert(0, str(checkout / "src"))
+    climax = importlib.import_module("climax.arch").ClimaX
+    metrics = importlib.import_module("climax.utils.metrics")
     arrays: dict[str, np.ndarray] = {}
+    weights: dict[str, np.ndarray] = {}
     cases: dict[str, Any] = {}
-    with overlay(found, patched=False) as folder, importable(folder):
-        climax = importlib.import_module("climax.arch").ClimaX
-        metrics = importlib.import_module("climax.utils.metrics")
-        for case, settings in CASES.items():
-            fresh = climax(NAMES, **settings["model"])
-            arrays |= {f"{case}/{name}": getattr(fresh, name).detach().numpy() for name in ("pos_embed", "var_embed")}
-            model = build(climax, case)
-            arrays |= {f"{case}/{name}": values for name, values in run(model, metrics, case).items()}
-            cases[case] = {**settings, "state_dict": shapes(model)}
+    for case, settings in CASES.items():
+        fresh = climax(NAMES, **settings["model"])
+        arrays.update({f"{case}/{name}": getattr(fresh, name).detach().numpy() for name in ("pos_embed", "var_embed")})
+        model = build(climax, case)
+        arrays.update({f"{case}/{name}": values for name, values in run(model, metrics, case).items()})
+        if case in WEIGHTS_OF:
+            weights.update({f"{case}/drawn/{name}": v for name, v in drawn(climax, case).items()})
+            weights.update({f"{case}/trained/{name}": v for name, v in trained(climax, metrics, case).items()})
+        cases[case] = {**settings, "state_dict": shapes(model)}
     np.savez_compressed(HERE / "reference.npz", **arrays)  # type: ignore[arg-type]
-    files = [found.package / "arch.py", found.package / "utils" / "metrics.py", HERE / "reference.npz"]
+    np.savez_compressed(HERE / "weights.npz", **weights)  # type: ignore[arg-type]
+    package = checkout / "src" / "climax"
+    files = [package / "arch.py", package / "utils" / "metrics.py", HERE / "reference.npz", HERE / "weights.npz"]
     manifest = {
         "source": "microsoft/ClimaX",
         "commit": COMMIT,
         "sha256": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files},
-        "versions": {name: version(name) for name in ("torch", "timm", "numpy")},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "timm", "numpy")},
+        },
         "default_vars": NAMES,
         "cases": cases,
     }
     (HERE / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _check_unmodified(checkout: Path) -> None:
+    for question, answer in ((("rev-parse", "HEAD"), COMMIT), (("status", "--porcelain", "src"), "")):
+        told = subprocess.run(["git", *question], cwd=checkout, stdout=subprocess.PIPE, text=True, check=True)
+        if told.stdout.strip() != answer:
+            sys.exit(f"the reference is unmodified ClimaX at {COMMIT[:7]}: git {' '.join(question)} says {told.stdout}")
 
 
 if __name__ == "__main__":
