@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from climax_elevation.errors import InputError
-from climax_elevation.upstream.launch import MODULES
+from climax_elevation.train import MODULES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -189,7 +189,7 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> None:
-    from climax_elevation.upstream.launch import train
+    from climax_elevation.train import train
 
     train(options.module, options.climax, arguments)
 

@@ -98,9 +98,10 @@ class AttachOptions:
     @classmethod
     def described(cls) -> str:
         """The lines of a docstring about them."""
-        indent = {"initial_indent": " " * 8, "subsequent_indent": " " * 12}
         texts = [f"{option.name}: {_sentence(option.metadata)}" for option in fields(cls)]
-        return "".join(f"{textwrap.fill(text, 116, **indent)}\n" for text in texts)
+        margins = " " * 8, " " * 12
+        filled = [textwrap.fill(text, 116, initial_indent=margins[0], subsequent_indent=margins[1]) for text in texts]
+        return "".join(f"{text}\n" for text in filled)
 
 
 def _sentence(metadata: Any) -> str:

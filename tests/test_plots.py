@@ -25,9 +25,9 @@ from climax_elevation.diagnostics.view import Field, error_field, ground_field, 
 from climax_elevation.draw import pictures, plots
 from climax_elevation.host.module import GlobalForecastModule
 from climax_elevation.host.shards import GlobalForecastDataModule
+from climax_elevation.train import _train_stand_in
 from climax_elevation.training import read_datamodule
 from climax_elevation.upstream.config import modernize
-from climax_elevation.upstream.launch import _train_stand_in
 
 PLACE = (5.0, 8.0)  # row 0, column 1 of patches of 4 x 4 pixels, 2 degrees each
 
