@@ -12,8 +12,9 @@ from enum import Enum
 
 import torch
 
-from climax_elevation import PhysicsBias, biased_attention, compiled
-from climax_elevation.attention import ENGINES
+from climax_elevation import compiled
+from climax_elevation.attention import ENGINES, biased_attention
+from climax_elevation.bias import PhysicsBias
 from climax_elevation.bias.registry import all_biases
 from climax_elevation.errors import InputError
 from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax

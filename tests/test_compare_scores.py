@@ -9,8 +9,8 @@ import torch
 
 from climax_elevation.compare.scores import METRICS, Samples, Scorer, load_samples, save_samples, score
 from climax_elevation.compare.strata import StrataSettings
-from climax_elevation.data.format import save_npz
 from climax_elevation.errors import InputError
+from climax_elevation.files import save_npz
 from climax_elevation.host.metrics import lat_weighted_acc, lat_weighted_rmse
 from climax_elevation.testbed.fit import DataSettings, ModelSettings, build_network
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from climax_elevation import InputError
-from climax_elevation.data.format import save_npy, save_npz
+from climax_elevation.files import save_npy, save_npz
 from climax_elevation.host.shards import ForecastDataset, GlobalForecastDataModule, Normalize, Shard
 
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from climax_elevation.compare.strata import Strata, StrataSettings, divide
-from climax_elevation.data.format import PREPARE, load_npy, save_npz
 from climax_elevation.errors import InputError
+from climax_elevation.files import PREPARE, load_npy, save_npz
 from climax_elevation.host.shards import ForecastDataset, GlobalForecastDataModule, Normalize
 from climax_elevation.testbed.fit import DataSettings
 

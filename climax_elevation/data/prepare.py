@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from climax_elevation.data.fields import BadDataError, Field, Fields, find_fields
-from climax_elevation.data.format import PARTITIONS, RunningStatistics, load_npz, save_npy, save_npz
+from climax_elevation.data.format import PARTITIONS, RunningStatistics
 from climax_elevation.data.grid import Grid, is_global, read_grid
 from climax_elevation.data.source import fingerprint, open_source
 from climax_elevation.data.times import Shard, TimeAxis, plan_shards, read_times, split
 from climax_elevation.errors import InputError
+from climax_elevation.files import load_npz, save_npy, save_npz
 
 try:
     import fcntl

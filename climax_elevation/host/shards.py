@@ -17,16 +17,9 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from climax_elevation.data.format import (
-    PARTITIONS,
-    PREPARE,
-    check_degrees,
-    check_finite,
-    load_npy,
-    load_npz,
-    reading,
-)
+from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
+from climax_elevation.files import PREPARE, check_degrees, check_finite, load_npy, load_npz, reading
 from climax_elevation.terrain.reader import HOURS_PER_LEAD_TIME
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from climax_elevation.data.format import load_npy, load_npz
 from climax_elevation.errors import InputError
+from climax_elevation.files import load_npy, load_npz
 from climax_elevation.terrain.units import HEIGHT, conversion
 
 if TYPE_CHECKING:

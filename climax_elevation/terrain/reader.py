@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from climax_elevation.data.format import check_degrees
 from climax_elevation.errors import InputError
+from climax_elevation.files import check_degrees
 from climax_elevation.terrain.controls import controlled, shuffled
 from climax_elevation.terrain.elevation_file import ElevationField
 from climax_elevation.terrain.fields import Terrain, downsample_elevation, downsample_wind

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from climax_elevation.data.format import load_npy, load_npz
 from climax_elevation.errors import InputError
+from climax_elevation.files import load_npy, load_npz
 from climax_elevation.terrain.reader import TerrainReader
 
 REMEDY = "copy it again from the data that the model was trained on, or name another stats_dir"

@@ -32,8 +32,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
-from climax_elevation.data.format import PARTITIONS, RunningStatistics, save_npy, save_npz
+from climax_elevation.data.format import PARTITIONS, RunningStatistics
 from climax_elevation.errors import InputError
+from climax_elevation.files import save_npy, save_npz
 from climax_elevation.terrain.sphere import EARTH_RADIUS_M
 from climax_elevation.testbed.altitude import ElevationMap
 
