@@ -251,6 +251,17 @@ def test_a_standardised_orography_looks_so_and_its_metres_do_not(data):
     assert not looks_standardised(z)
 
 
+def test_what_looks_standardised_is_within_ten_of_zero():
+    z = torch.linspace(-1, 1, 400)
+    assert looks_standardised(torch.cat([z, torch.tensor([9.9])]))
+    assert not looks_standardised(torch.cat([z, torch.tensor([10.1])]))
+    assert not looks_standardised(torch.cat([z, torch.tensor([-10.1])]))
+    assert not looks_standardised(z + 1.1)  # nothing below 0
+    assert not looks_standardised(torch.cat([z, torch.full((800,), 2.0)]))  # a mean of 1.3
+    assert not looks_standardised(z / 3)
+    assert not looks_standardised(z * 5)
+
+
 def test_numbers_are_looked_at_only_where_that_costs_nothing():
     assert values_known(torch.zeros(2))
     assert values_known(nn.Parameter(torch.zeros(2)))

@@ -32,6 +32,10 @@ def test_six_patches_by_hand():
     # a quarter of a degree apart
     assert wind_order(windy(0, 5, lat=southward / 40)).tolist() == [[3, 4, 0, 5, 1, 2]]
     assert wind_order(windy(0, 5, lat=-southward / 40)).tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert wind_order(windy(0, 5, (2, 1), torch.tensor([10.0, 0.0]))).tolist() == [[1, 0]]
+    # a region whose patches come in another order has its rows where they are
+    grid = Terrain(torch.zeros(1, 12), (4, 3), u=torch.zeros(1, 12), v=torch.ones(1, 12), lat=torch.arange(12) // 3.0)
+    assert wind_order(grid.select([9, 10, 11, 0, 1, 2])).tolist() == [[3, 4, 5, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("sectors", [4, 16])

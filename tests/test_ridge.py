@@ -351,6 +351,11 @@ def test_between_antipodes_the_way_is_over_the_north_pole():
         z[wall[0]][wall[1]] = 1000.0
         # from (20 N, 0) to (20 S, 180)
         assert ridge(on_the_globe(z, lat, lon))[8, 6] == (-1 if stands else 0), wall
+    lat = [-75.0, -45.0, -15.0, 15.0, 45.0, 75.0]
+    for column in (0, 2):
+        z = [[0.0] * 4 for _ in lat]
+        z[5][column] = 1000.0
+        assert ridge(on_the_globe(z, lat, lon))[12, 10] == -1, column
 
 
 def test_two_rows_are_sampled_as_finely_as_their_latitudes():
