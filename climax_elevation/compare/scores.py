@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from climax_elevation.compare.strata import Strata, StrataSettings, divide
 from climax_elevation.errors import InputError
 from climax_elevation.files import PREPARE, load_npy, save_npz
+from climax_elevation.host.metrics import latitude_weights
 from climax_elevation.host.shards import ForecastDataset, GlobalForecastDataModule, Normalize
 from climax_elevation.testbed.fit import DataSettings
 
@@ -179,12 +180,6 @@ def _places(data: GlobalForecastDataModule) -> tuple[Array, Array]:
     if all(path.is_file() for path in curved):
         return load_npy(curved[0], PREPARE), load_npy(curved[1], PREPARE)
     return data.get_lat_lon()
-
-
-def latitude_weights(lat: Array) -> Array:
-    """cos(lat) / mean cos(lat) of the rows, `[H]`."""
-    cosine = np.cos(np.deg2rad(np.asarray(lat, dtype=np.float64)))
-    return cosine / cosine.mean()
 
 
 def _anomaly_sums(p: Tensor, t: Tensor, weights: Tensor) -> Tensor:

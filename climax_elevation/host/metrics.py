@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 Scores = dict[str, Tensor]
@@ -115,9 +115,13 @@ def lat_weighted_acc(
 
 
 def _weights(lat: ArrayLike, like: Tensor) -> Tensor:
-    """`[H, 1]`, with mean 1."""
+    return torch.as_tensor(latitude_weights(lat), dtype=like.dtype, device=like.device)[:, None]
+
+
+def latitude_weights(lat: ArrayLike) -> NDArray[np.float64]:
+    """cos(lat) / mean cos(lat) of the rows, `[H]`."""
     cosine = np.cos(np.deg2rad(np.asarray(lat, dtype=np.float64)))
-    return torch.as_tensor(cosine / cosine.mean(), dtype=like.dtype, device=like.device)[:, None]
+    return cosine / cosine.mean()
 
 
 def _physical(pred: Tensor, transform: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
