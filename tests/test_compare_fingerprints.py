@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from climax_elevation.compare import fingerprints
 from climax_elevation.compare.fingerprints import difference, digests, examine, fingerprint
 from climax_elevation.errors import InputError
 
@@ -14,7 +15,7 @@ from climax_elevation.errors import InputError
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if files had been written long ago."""
     now = time.time()
-    monkeypatch.setattr(files.time, "time", lambda: now + 3600)
+    monkeypatch.setattr(fingerprints.time, "time", lambda: now + 3600)
 
 
 def test_one_that_was_not_written_since_is_not_read_again(
@@ -25,7 +26,7 @@ def test_one_that_was_not_written_since_is_not_read_again(
         path.write_bytes(b"1")
     known = examine(paths)
     read = []
-    monkeypatch.setattr(files, "_digest", lambda path, bar: read.append(path.name) or "other")
+    monkeypatch.setattr(fingerprints, "_digest", lambda path, bar: read.append(path.name) or "other")
     assert examine(paths, known) == known
     assert not read
     paths["b"].write_bytes(b"2")
@@ -46,7 +47,7 @@ def test_one_that_was_just_written_is_read_again(tmp_path: Path) -> None:
 def test_more_than_a_chunk_is_read_to_its_end(tmp_path: Path) -> None:
     found = set()
     for last in (b"", b"1", b"2"):
-        (tmp_path / "a").write_bytes(bytes(3 * files.CHUNK) + last)
+        (tmp_path / "a").write_bytes(bytes(3 * fingerprints.CHUNK) + last)
         found.add(fingerprint(examine({"a": tmp_path / "a"})))
     assert len(found) == 3
 
