@@ -24,10 +24,11 @@ from climax_elevation.upstream.series import git_executable
 
 # distribution: (module, oldest that is supported, first that is not)
 SUPPORTED: dict[str, tuple[str, str, str | None]] = {
-    "torch": ("torch", "2.4", None),
+    "torch": ("torch", "2.7", None),
     "timm": ("timm", "0.6.13", "2"),
-    "pytorch-lightning": ("pytorch_lightning", "2.0", "3"),
-    "numpy": ("numpy", "1.22", None),
+    "pytorch-lightning": ("pytorch_lightning", "2.5", "3"),
+    "jsonargparse": ("jsonargparse", "4.42", None),
+    "numpy": ("numpy", "1.23.5", None),
 }
 OLDEST_PYTHON = "3.10"
 ENGINE_TOLERANCE = 1e-5  # float32 rounding of sums over a handful of tokens
