@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from climax_elevation.errors import InputError
 from climax_elevation.train import MODULES
+from climax_elevation.upstream.patching import CHOICES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     patch.add_argument("path", type=Path, metavar="PATH", help="a checkout of microsoft/ClimaX at 6d5d354")
     patch.add_argument(
         "--series",
-        choices=("today", "terrain", "all"),
+        choices=CHOICES,
         default="all",
         help="today: ClimaX on today's versions; terrain: the flag, on top or by itself (default: all)",
     )

@@ -253,13 +253,14 @@ def test_two_processes(request, tmp_path, host):
     assert abs(alpha(tmp_path / "out") - 1) > 1e-4
 
 
-def test_a_run_goes_on_from_a_checkpoint(no_climax, shards, tmp_path):
+@pytest.mark.parametrize("key", ["ckpt_path", "trainer.resume_from_checkpoint"])
+def test_a_run_goes_on_from_a_checkpoint(no_climax, shards, tmp_path, key):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     train("global_forecast", None, [*forecasting(shards, whole, epochs=2), ON])
     train("global_forecast", None, [*forecasting(shards, halves, epochs=1), ON])
     last = next(halves.rglob("last.ckpt")).relative_to(halves)
     # the interpolation is of this run's configuration, not of the file's
-    resume = f"--trainer.resume_from_checkpoint=${{trainer.default_root_dir}}/{last}"
+    resume = f"--{key}=${{trainer.default_root_dir}}/{last}"
     train("global_forecast", None, [*forecasting(shards, halves, epochs=2), ON, resume])
     assert alpha(halves) == alpha(whole)
 
@@ -274,6 +275,7 @@ def test_a_run_goes_on_from_a_checkpoint(no_climax, shards, tmp_path):
         (["--data.root_dir=/absent"], "/absent"),
         (["--trainer.accelerator=tpu"], "torch_xla"),
         (["--trainer.resume_from_checkpoint=/absent.ckpt"], "/absent.ckpt does not exist"),
+        (["--ckpt_path=/absent.ckpt"], "ckpt_path /absent.ckpt does not exist"),
         (["--trainer.callbacks+=absent.Callback"], "absent.Callback"),
         ([ON, "--model.net.init_args.bias_type=phisics"], "unknown bias 'phisics'"),
         ([ON, "--model.net.init_args.bias_args={elevation_variable: height}"], "lack 'height'"),

@@ -10,6 +10,7 @@ from itertools import groupby
 
 import pytest
 
+from climax_elevation.cli import main
 from climax_elevation.errors import InputError
 from climax_elevation.upstream import find_climax, locate, overlay, patching
 from climax_elevation.upstream.patching import PREFIX, State, apply, check, package_folder, replace_all, revert
@@ -284,6 +285,28 @@ def test_each_series_by_itself(checkout):
         assert contents(checkout) == unpatched
     with pytest.raises(InputError, match="series"):
         apply(checkout, "tomorrow")
+
+
+def test_the_command_line_takes_a_series(toy, capsys):
+    def patch(*arguments):
+        status = main(["patch", *arguments, str(toy)])
+        return status, "".join(capsys.readouterr())
+
+    assert patch("check") == (0, f"{package_folder(toy)}: unpatched, at 6d5d354\n")
+    assert patch("apply", "--series", "terrain")[0] == 0
+    assert target(toy).read_text() == TOY_PATCHED["arch.py"]
+    assert target(toy, "train.py").read_text() == TOY["train.py"]
+    assert patch("check") == (0, f"{package_folder(toy)}: patched with terrain, not with today, from 6d5d354\n")
+    assert patch("apply")[0] == 0
+    assert {name: target(toy, name).read_text() for name in TOY} == TOY_PATCHED
+    assert patch("revert", "--series", "today")[0] == 0
+    target(toy).write_text(TOY["arch.py"])
+    status, told = patch("check")
+    assert (status, "half patched" in told) == (1, True)
+    target(toy).write_text("mine\n")
+    assert patch("check", "--series", "terrain")[0] == 1
+    assert patch("apply", "--series", "terrain")[0] == 2
+    assert target(toy).read_text() == "mine\n"
 
 
 def test_local_changes_matter_only_to_the_series_that_touch_them(toy):

@@ -170,6 +170,14 @@ def test_each_script_trains_from_its_own_yaml_without_the_plugin(today, data, tm
     checkpoint = torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=False)
     assert checkpoint["global_step"] == 2
     assert all(torch.isfinite(value).all() for value in checkpoint["state_dict"].values())
+    if module == "pretrain":  # the quickest
+        last = next(tmp_path.rglob("last.ckpt"))
+        done = script(
+            today, module, tmp_path, data, "--trainer.max_epochs=2", f"--ckpt_path={last}", path=[without_plugin]
+        )
+        assert done.returncode == 0, done.stderr
+        steps = {torch.load(file, weights_only=False)["global_step"] for file in tmp_path.rglob("last*.ckpt")}
+        assert max(steps) == 4
 
 
 def test_the_flag_trains_from_the_series_own_yaml(clean, data, tmp_path):
@@ -216,6 +224,16 @@ for module, net in (
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_counts_files_and_lines_as_they_are():
+    described = (Path(__file__).parents[1] / "patches" / "README.md").read_text()
+    for patch in PATCHES:
+        lines = [line for line in patch.content.decode().partition("\ndiff --git ")[2].splitlines() if line]
+        added = sum(line[0] == "+" and not line.startswith("+++ ") for line in lines)
+        removed = sum(line[0] == "-" and not line.startswith("--- ") for line in lines)
+        name = Path(patch.name).stem
+        assert f"| `{name}` | {len(patch.files)} | +{added} -{removed} |" in described
 
 
 def test_a_series_has_each_name_once_in_order():

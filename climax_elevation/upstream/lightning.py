@@ -17,6 +17,8 @@ from pytorch_lightning.strategies import ParallelStrategy
 
 from climax_elevation.errors import InputError
 
+KEYWORDS = ("best", "last", "hpc")  # that Lightning takes for a checkpoint's path
+
 
 class TrainingCLI(LightningCLI):
     """LightningCLI with given arguments, and with a checkpoint to go on from.
@@ -48,19 +50,28 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(self._arguments)
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # as the series "today" gives it to upstream's scripts
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
+
     def after_instantiate_classes(self) -> None:
         if self._resume is not None:
-            self.trainer.fit = functools.partial(self.trainer.fit, ckpt_path=self._checkpoint(self._resume))  # type: ignore[method-assign]
+            self.config.ckpt_path = self._checkpoint("trainer.resume_from_checkpoint", self._resume)
+        elif self.config.ckpt_path is not None:
+            self.config.ckpt_path = self._checkpoint("ckpt_path", self.config.ckpt_path)
+        if self.config.ckpt_path is not None:
+            # a script without that series does not hand it on
+            self.trainer.fit = functools.partial(self.trainer.fit, ckpt_path=self.config.ckpt_path)  # type: ignore[method-assign]
         if self.config.trainer.fast_dev_run:
             # upstream's scripts test the best checkpoint, and this saves none
             self.trainer.test = _without_checkpoint(self.trainer.test)  # type: ignore[method-assign]
 
-    def _checkpoint(self, written: str) -> str:
+    def _checkpoint(self, key: str, written: str) -> str:
         config = OmegaConf.create(self.parser.dump(self.config, skip_none=False))
-        config.resume_from_checkpoint = written
-        path = str(config.resume_from_checkpoint)
-        if "://" not in path and not Path(path).exists():
-            raise InputError(f"trainer.resume_from_checkpoint {path} does not exist")
+        config.ckpt_path = written
+        path = str(config.ckpt_path)
+        if "://" not in path and path not in KEYWORDS and not Path(path).exists():
+            raise InputError(f"{key} {path} does not exist")
         return path
 
 
