@@ -1,5 +1,6 @@
 """Files of numbers: written whole or not at all, and read, or named in a sentence."""
 
+import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from climax_elevation.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 PREPARE = "prepare data into its folder, or mend data.root_dir"
 Arrays = Mapping[str, NDArray[np.floating]]
@@ -113,3 +121,47 @@ def _save(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path, taken: str) -> Iterator[None]:
+    """Make a folder, and keep other runs out of it as long as this one lasts, where the system can.
+
+    The lock is on the folder itself, so that nothing is left of it, whatever ends the run.
+
+    Args:
+        folder: Where this run writes; one that it made, and left empty, goes again.
+        taken: What to say where another run is there.
+
+    Raises:
+        InputError: If it cannot be made, or another run is there.
+    """
+    fresh = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be made ({error.strerror}): name another") from error
+    with _locked(folder, taken):
+        try:
+            yield
+        finally:
+            if fresh and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, taken: str) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(taken) from None
+        except OSError as error:  # some network file systems have no locks
+            logger.info("%s cannot be locked (%s): see to it that no other run writes there", folder, error.strerror)
+        yield
+    finally:
+        os.close(held)

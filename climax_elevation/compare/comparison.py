@@ -43,19 +43,15 @@ from climax_elevation.compare.scores import PARTS, Samples, Scorer, save_samples
 from climax_elevation.compare.significance import FEWEST_BLOCKS
 from climax_elevation.compare.tables import Results, differences_table, results_table
 from climax_elevation.errors import InputError
+from climax_elevation.files import alone
 from climax_elevation.testbed.altitude import region_elevation
 from climax_elevation.testbed.fit import DataSettings, one_thread
 from climax_elevation.testbed.tracer import floor, write_tracer_dataset
 from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 logger = logging.getLogger(__name__)
 
-RUNS, DATA, DATA_RECORD, REFERENCES, LOCK = "runs", "data", "data.json", "references.npz", ".lock"
+RUNS, DATA, DATA_RECORD, REFERENCES = "runs", "data", "data.json", "references.npz"
 RESULTS, DIFFERENCES, REPORT, FILES = "results.csv", "differences.csv", "report.md", "files.json"
 
 
@@ -107,7 +103,8 @@ def compare(
     devices = _devices(configuration.accelerator)
     jobs = count("--jobs", jobs) if jobs is not None else max(1, len(devices))
     climax, host = _host(configuration.host)
-    with _locked(configuration.out):
+    out = configuration.out
+    with alone(out, f"another comparison is running in {out}: wait for it, or give another --out"):
         return _compare(configuration, climax, host, devices, jobs)
 
 
@@ -192,30 +189,6 @@ def _devices(accelerator: str) -> list[int]:
     if accelerator == "gpu" and not number:
         raise InputError("accelerator is gpu, and torch finds none: write accelerator: auto, or cpu")
     return list(range(number))
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep other comparisons out of the run directory; leave none where there was none and nothing came of it."""
-    fresh = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the run directory {out} cannot be made: {error}") from error
-    with open(out / LOCK, "w") as lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(
-                    f"another comparison is running in {out}: wait for it, or give another --out"
-                ) from None
-        try:
-            yield
-        finally:
-            if fresh and {entry.name for entry in out.iterdir()} == {LOCK}:
-                (out / LOCK).unlink()
-                out.rmdir()
 
 
 def _data_settings(configuration: Configuration) -> tuple[DataSettings, dict[str, Any]]:
