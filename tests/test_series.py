@@ -85,7 +85,6 @@ def looked_at(names, folders, *options):
     return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.slow
 def test_after_each_patch_climax_imports_and_its_tests_and_numbers_hold(checkout):
     """From unmodified ClimaX, which today does not import, to the last patch, with the plugin and without."""
     names = ["unmodified", *(patch.name for patch in PATCHES)]

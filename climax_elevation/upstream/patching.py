@@ -261,9 +261,7 @@ def _examination(copy: _Copy, series: tuple[str, ...]) -> Examination:
     unknown = [name for name in files if name not in copy.originals]
     modified = tuple(inside[name] for name in unknown if name.startswith(PREFIX))
     left = tuple(name for name in unknown if not name.startswith(PREFIX))
-    note = (
-        f"; {', '.join(left)}: left alone, with changes of {'its' if len(left) == 1 else 'their'} own" if left else ""
-    )
+    note = f"; {', '.join(left)}: left alone, with local changes" if left else ""
     if modified:
         return Examination(State.MODIFIED, _modified_sentence(copy.package, modified), modified, left)
     states = {part: _state_of(copy, part) for part in series}
@@ -271,9 +269,10 @@ def _examination(copy: _Copy, series: tuple[str, ...]) -> Examination:
     if State.HALF in states.values():
         half = [part for part in series if states[part] is State.HALF]
         has = [name for name in files if copy.touching(name, half) and copy.wanted(name, half) == copy.applied[name]]
+        only = f" --series {half[0]}" if len(half) == 1 else ""
         sentence = (
             f"half patched{named}, only {', '.join(inside[name] for name in has) or 'a part of each file'}; "
-            "`climax-elevation patch apply` completes it, `patch revert` undoes it"
+            f"`climax-elevation patch apply{only}` completes it, `patch revert{only}` undoes it"
         )
         return Examination(State.HALF, f"{copy.package}: {sentence}{note}", left=left)
     if len(set(states.values())) > 1:
@@ -315,7 +314,7 @@ def _convert(path: Path, series: str, target: State) -> str:
     except OSError as error:
         raise InputError(f"{package} could not be written ({error}); nothing was changed") from error
     done = f"patched{named}" if target is State.PATCHED else f"reverted to ClimaX without {' and '.join(chosen)}"
-    left = f"; left alone, with changes of their own: {', '.join(found.left)}" if found.left else ""
+    left = f"; left alone, with local changes: {', '.join(found.left)}" if found.left else ""
     return f"{package}: {done} ({', '.join(name.removeprefix(PREFIX) for name in changed)}){left}"
 
 
@@ -386,7 +385,7 @@ def _stage(path: Path, content: bytes) -> Path:
 def _modified_sentence(package: Path, modified: Sequence[str]) -> str:
     return (
         f"{package}: {', '.join(modified)} {'is' if len(modified) == 1 else 'are'} neither as in microsoft/ClimaX "
-        f"{COMMIT[:7]} nor as the patch leaves {'it' if len(modified) == 1 else 'them'}{_head(package)}: check out "
+        f"{COMMIT[:7]} nor as the patches leave {'it' if len(modified) == 1 else 'them'}{_head(package)}: check out "
         f"{COMMIT[:7]} with no local changes to {'it' if len(modified) == 1 else 'them'}"
     )
 
