@@ -1,12 +1,14 @@
 """Biased attention beside unbiased attention: time, forward and backward, and memory, in one run.
 
-    python benchmarks/attention.py                     physics and relative_3d, at 512, 2048 and 8192 tokens
-    python benchmarks/attention.py --every-bias        every bias, at 512 tokens
-    python benchmarks/attention.py --growth            each engine, at 512 to 32768 tokens
+    python benchmarks/attention.py              every bias at 512 tokens; physics and relative_3d at 2048 and 8192 too
+    python benchmarks/attention.py --short      64, 128 and 256 tokens: from where on "tiled" is faster
+    python benchmarks/attention.py --engines dense sdpa tiled       each of them
 
 Every variant is timed in turn, round after round, so that a machine's moods meet all alike; what is
 printed is the median of the rounds' ratios to torch's unbiased fused attention of the same round. Memory
-is the peak of a process of its own over what it held before, less the same of unbiased attention.
+is the peak of a process of its own over what it held before, less the same of unbiased attention. A bias of
+zeros goes through the loops of "tiled" as well: what a bias costs is the difference to that, and what the loops
+gain is the difference of that to 1.
 """
 
 from __future__ import annotations
@@ -17,17 +19,19 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from climax_elevation import ElevationBias, Terrain, available_biases, biased_attention, build_bias
+from climax_elevation import ElevationBias, Terrain, available_biases, biased_attention, build_bias, register_bias
 from climax_elevation.attention import ENGINES, choose_engine
-from climax_elevation.bias.base import Tensors, map_tensors
+from climax_elevation.bias.base import Pullback, Tensors, map_tensors
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,30 @@ MAIN = {
     "physics with wind": ("physics", {}),
     "relative_3d": ("relative_3d", {}),
 }
+LONG_FROM = 1024  # tokens, from where on only these are measured unless others are named
 UNBIASED = "unbiased"
+ZERO = "no bias, the same loops"
+
+
+@register_bias("zero")
+class ZeroBias(ElevationBias):
+    """b[i, j] = 0."""
+
+    def inputs(self, terrain: Terrain) -> Tensors:
+        return (terrain.elevation_m,)
+
+    def features(self, elevation: Tensor) -> Tensors:
+        return (elevation,)
+
+    def pairwise(self, query: Tensors, key: Tensors) -> Tensor:
+        return query[0].new_zeros(len(query[0]), 1, query[0].shape[1], key[0].shape[1])
+
+    def pullback(
+        self, query: Tensors, key: Tensors, wanted: Sequence[int], out: Tensor | None = None
+    ) -> tuple[Tensor, Pullback]:
+        zeros = self.pairwise(query, key) if out is None else out.zero_()
+        nothing: list[Tensor | None] = [None] * len(wanted)
+        return zeros, lambda _: ({}, nothing, nothing)
 
 
 @dataclass
@@ -197,7 +224,11 @@ def resident_mb(field: str) -> float:
 
 
 def cases() -> dict[str, tuple[str, dict]]:
-    return MAIN | {name: (name, {}) for name in available_biases() if name not in MAIN}
+    """Every bias, by what rows call it."""
+    others: dict[str, tuple[str, dict]] = {
+        name: (name, {}) for name in available_biases() if name not in (*MAIN, "zero")
+    }
+    return {ZERO: ("zero", {})} | MAIN | others
 
 
 def table(rows: list[Row]) -> str:
@@ -218,11 +249,10 @@ def machine(options: argparse.Namespace) -> dict[str, str | int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--every-bias", action="store_true", help="every bias at 512 tokens")
     parser.add_argument("--short", action="store_true", help="64 to 256 tokens: from where on 'tiled' is faster")
     parser.add_argument("--engines", nargs="+", default=["auto"], choices=["auto", *ENGINES])
     parser.add_argument("--tokens", nargs="+", type=int, help="only the shapes of these lengths")
-    parser.add_argument("--bias", nargs="+", choices=list(cases()), help="only these")
+    parser.add_argument("--bias", nargs="+", choices=list(cases()), help="only these, at every length")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, help="default: as many as a minute holds, 5 to 41")
@@ -233,10 +263,11 @@ def main() -> None:
     if options.peak_of:
         print(peak_here(options))
         return
-    biases = list(cases() if options.every_bias else options.bias or MAIN)
-    shapes = SHORT if options.short else SHAPES[:1] if options.every_bias else SHAPES
     rows = []
-    for shape in [shape for shape in shapes if not options.tokens or shape.tokens in options.tokens]:
+    for shape in SHORT if options.short else SHAPES:
+        if options.tokens and shape.tokens not in options.tokens:
+            continue
+        biases = options.bias or (cases() if shape.tokens < LONG_FROM else [ZERO, *MAIN])
         labels = [(bias, engine) for bias in biases for engine in options.engines]
         found = measure(shape, labels, options, cases())
         if not options.no_memory:

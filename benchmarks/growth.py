@@ -61,7 +61,7 @@ def point(label: str, engine: str, shape: Shape, limit_gb: float) -> dict | None
 
 def plot(found: dict, path: Path) -> None:
     """Two panels, time and memory, with logarithmic axes; PNG and PDF."""
-    from climax_elevation.plots import new_figure, readable_fonts, save
+    from climax_elevation.draw.plots import new_figure, readable_fonts, save
 
     with readable_fonts():
         figure = new_figure(11, 5)

@@ -11,11 +11,14 @@ from timm.models.vision_transformer import Attention, Block  # type: ignore[attr
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from climax_elevation.attention import biased_attention, check_engine
+from climax_elevation.attention import biased_attention, check_engine, choose_engine
+from climax_elevation.attention.kept import KeptBias
 from climax_elevation.bias import ElevationBias, PhysicsBias, RelativePositionBias3D
 from climax_elevation.bias.base import Tensors, take_tokens
+from climax_elevation.checks import count, true_or_false
 from climax_elevation.errors import InputError
-from climax_elevation.terrain import Terrain
+from climax_elevation.terrain.fields import Terrain, downsample_elevation, downsample_wind
+from climax_elevation.terrain.plausible import check_finite, check_metres
 
 BLOCK_PARTS = {"norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2"}
 ATTENTION_PARTS = {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"}
@@ -41,6 +44,13 @@ class BiasedAttention(nn.Module):
         self.scale: float = host.scale  # type: ignore[assignment]
         self.bias = bias
         self.engine = engine
+        self.kept: KeptBias | None = None  # see `keep_bias`
+
+    def train(self, mode: bool = True) -> BiasedAttention:
+        """As every module's; nothing is kept of the bias from here on."""
+        if mode:
+            self.kept = None
+        return super().train(mode)
 
     def forward(self, x: Tensor, bias_inputs: Tensors) -> Tensor:
         """softmax(q k^T * scale + b) v of tokens `[B, L, D]`; `bias_inputs` are `bias.forward`'s arguments."""
@@ -54,15 +64,55 @@ class BiasedAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return self._part("q_norm", q).to(v.dtype), self._part("k_norm", k).to(v.dtype), v
 
+    def engine_for(self, tokens: int) -> str:
+        """The engine that is going to be used, and for what."""
+        weight = cast(Tensor, self.qkv.weight)
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        name = choose_engine(self.engine, self.bias, tokens=tokens, device=device, dtype=dtype, dropout_p=dropout_p)
+        return f"{name} ({tokens} tokens, {str(dtype).removeprefix('torch.')} on {device})"
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias_inputs: Tensors, dropout_p: float) -> Tensor:
         return biased_attention(
-            q, k, v, self.bias, bias_inputs, scale=self.scale, dropout_p=dropout_p, engine=self.engine
+            q,
+            k,
+            v,
+            self.bias,
+            bias_inputs,
+            scale=self.scale,
+            dropout_p=dropout_p,
+            engine=self.engine,
+            kept=self.kept,
         )
 
     def _part(self, name: str, x: Tensor) -> Tensor:
         """Apply a part that older versions of timm do not have."""
         part = self._modules.get(name)
         return x if part is None else part(x)
+
+
+def keep_bias(model: nn.Module) -> None:
+    """Compute each bias of a model once, for inference over one ground, and use it again from then on.
+
+    What attention gives is the same, bit for bit. Whenever inputs, parameters or settings of a bias differ from those
+    of the call before, it is computed anew: where wind modulates, nothing is gained unless it stays the same too.
+    Each block holds heads or 1 x L x L numbers (256 MB of 8192 tokens in float32, where heads share a bias), until
+    `model.train()`, which ends this.
+
+    Args:
+        model: In evaluation, with blocks made by `attach`, or one of the blocks of this package.
+
+    Raises:
+        InputError: If it is in training, or has no terrain bias.
+    """
+    if model.training:
+        raise InputError("a bias is kept for inference, and the model is in training: call model.eval() first")
+    attentions = [module for module in model.modules() if isinstance(module, BiasedAttention)]
+    if not attentions:
+        raise InputError(f"this {type(model).__name__} has no terrain bias to keep: attach one first")
+    for attention in attentions:
+        attention.kept = KeptBias()
 
 
 class Attention3D(BiasedAttention):
@@ -117,8 +167,16 @@ class Attention3D(BiasedAttention):
         Args:
             x: `[B, L, dim]`.
             coords_3d: `[B or 1, L, 3]`, as `RelativePositionBias3D` takes them; None: no bias.
+
+        Raises:
+            InputError: If coordinates have not that shape, are not finite or, where physical, not in metres.
         """
-        return super().forward(x, (coords_3d,) if isinstance(coords_3d, Tensor) else coords_3d)  # type: ignore[arg-type]
+        if isinstance(coords_3d, Tensor):
+            check_finite(coords_3d, "coords_3d", "three a token")
+            if self.bias.coords == "physical" and coords_3d.shape[-1] == 3:
+                check_metres(coords_3d[..., 2], "elevation in coords_3d", flat=False, remedy="take coords='normalized'")
+            coords_3d = (coords_3d,)
+        return super().forward(x, coords_3d)  # type: ignore[arg-type]
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, bias_inputs: Tensors | None, dropout_p: float) -> Tensor:
         if bias_inputs is None:
@@ -150,8 +208,25 @@ class TerrainBlock(nn.Module):
     def __init__(self, host: nn.Module, bias: ElevationBias, engine: str = "auto") -> None:
         super().__init__()
         check_host_block(host)
+        self.host = (host,)  # in a tuple, lest it be registered as a part
         for name, part in host.named_children():
             self.add_module(name, _attention(part, bias, engine) if name == "attn" else part)
+
+    def release(self) -> nn.Module:
+        """The host block, with the parts that this block has now, in its mode."""
+        (host,) = self.host
+        for name, part in self.named_children():
+            if name != "attn":
+                host.add_module(name, part)
+        attention = cast(nn.Module, host.attn)
+        for name, part in self.attn.named_children():
+            if name != "bias":
+                attention.add_module(name, part)
+        return host.train(self.training)
+
+    def engine_for(self, tokens: int) -> str:
+        """As its attention's."""
+        return self.attn.engine_for(tokens)
 
     def terrain_inputs(self, terrain: Terrain, order: Tensor | None = None) -> dict[str, Any]:
         """What `forward` wants of `terrain`, as keyword arguments; with an order, in that."""
@@ -193,9 +268,14 @@ class PhysicsGuidedBlockCorrected(TerrainBlock):
         dim, num_heads, mlp_ratio, qkv_bias, drop, drop_path, norm_layer: As timm's `Block`.
         alpha_init, beta_init, height_scale_m, wind_threshold_m_s, wind, direction: As `PhysicsBias`.
         engine: As `biased_attention`.
+        patch_size: Side of a patch of the fields that `forward` is given, pixels; None: their sizes tell.
+        terrain_is_flat: Ground within 10 m of zero, in part below it, is meant, and is not a standardised channel.
 
     Source: elevation_attention_summary.md, approach 1.
     """
+
+    patch_size: int | None = None
+    terrain_is_flat: bool = False
 
     def __init__(
         self,
@@ -214,7 +294,11 @@ class PhysicsGuidedBlockCorrected(TerrainBlock):
         wind: bool = True,
         direction: str = "key_above",
         engine: str = "auto",
+        patch_size: int | None = None,
+        terrain_is_flat: bool = False,
     ) -> None:
+        patch_size = None if patch_size is None else count("patch_size", patch_size)
+        true_or_false("terrain_is_flat", terrain_is_flat)
         bias = PhysicsBias(
             alpha_init=alpha_init,
             beta_init=beta_init,
@@ -233,6 +317,7 @@ class PhysicsGuidedBlockCorrected(TerrainBlock):
             norm_layer=norm_layer,
         )
         super().__init__(host, bias, engine)
+        self.patch_size, self.terrain_is_flat = patch_size, terrain_is_flat
 
     @classmethod
     def adopt(cls, host: nn.Module, bias: PhysicsBias, engine: str) -> PhysicsGuidedBlockCorrected:
@@ -256,33 +341,77 @@ class PhysicsGuidedBlockCorrected(TerrainBlock):
 
         Args:
             x: `[B, L, dim]`.
-            elevation_patches: Patch-mean elevation, `[B or 1, L]`, metres.
-            u_wind, v_wind: Patch-mean wind, `[B or 1, L]`, m/s; required with `wind`, refused without.
+            elevation_patches: Patch-mean elevation, `[B or 1, L]`, or the field, `[B or 1, H, W]`; metres.
+            u_wind, v_wind: Fields of the wind, `[B or 1, H, W]`, whose speed is averaged over each patch as
+                `attach` does; or patch means, `[B or 1, L]`, whose own speed is taken, and which is lower. m/s;
+                required with `wind`, refused without.
             bias_inputs: Elevation and speed as `PhysicsBias.inputs` gives them, instead of the three above.
             order, positions: As `TerrainBlock`.
 
         Raises:
-            InputError: If what the bias needs is missing or of another shape; never plain attention.
+            InputError: If what the bias needs is missing, of another shape, not finite or plainly not in metres;
+                never plain attention. Numbers on a GPU, and those of compiled graphs, are taken on trust.
         """
         if bias_inputs is None:
-            bias_inputs = self._bias_inputs(elevation_patches, u_wind, v_wind)
+            _check_places(x, elevation_patches=elevation_patches, u_wind=u_wind, v_wind=v_wind)
+            bias_inputs = self._bias_inputs(x.shape[1], elevation_patches, u_wind, v_wind)
         elif not (elevation_patches is u_wind is v_wind is None):
             raise InputError("the block takes elevation and wind, or bias_inputs, not both")
         return super().forward(x, bias_inputs, order, positions)
 
-    def _bias_inputs(self, elevation: Tensor | None, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, ...]:
+    def _bias_inputs(
+        self, tokens: int, elevation: Tensor | None, u: Tensor | None, v: Tensor | None
+    ) -> tuple[Tensor, ...]:
         if elevation is None:
-            raise InputError("the block needs elevation_patches, [batch or 1, tokens] in metres, and got None")
+            raise InputError(
+                "the block needs elevation_patches, [batch or 1, tokens] or a field [batch or 1, height, width] in "
+                "metres, and got None"
+            )
+        check_finite(elevation, "elevation_patches", "m, and 0 over sea")
+        if elevation.dim() == 3:
+            elevation = downsample_elevation(elevation, self._patch_size(elevation, tokens))
+        remedy = "build the block with terrain_is_flat=True"
+        check_metres(elevation, "elevation_patches", flat=self.terrain_is_flat, remedy=remedy)
         if not cast(PhysicsBias, self.attn.bias).wind:
             if u is not None or v is not None:
                 raise InputError("the block was built with wind=False, and got wind: leave it out")
             return (elevation,)
         if u is None or v is None:
             raise InputError(
-                "the block needs u_wind and v_wind, [batch or 1, tokens] in m/s, and got None; give them, or build "
-                "it with wind=False"
+                "the block needs u_wind and v_wind, [batch or 1, tokens] or fields [batch or 1, height, width] in "
+                "m/s, and got None; give them, or build it with wind=False"
             )
-        return elevation, torch.hypot(u.float(), v.float())
+        return elevation, self._speed(tokens, u, v)
+
+    def _speed(self, tokens: int, u: Tensor, v: Tensor) -> Tensor:
+        """Of patches, from fields or from patch means."""
+        if u.shape != v.shape:
+            raise InputError(f"u_wind and v_wind are of one shape, not {list(u.shape)} and {list(v.shape)}")
+        check_finite(u, "u_wind", "m/s")
+        check_finite(v, "v_wind", "m/s")
+        u, v = (wind.to(torch.promote_types(wind.dtype, torch.float32)) for wind in (u, v))
+        return downsample_wind(u, v, self._patch_size(u, tokens))[2] if u.dim() == 3 else torch.hypot(u, v)
+
+    def _patch_size(self, field: Tensor, tokens: int) -> int:
+        """The side of a square patch of a field of which there are so many."""
+        height, width = field.shape[1:]
+        side = round((height * width / tokens) ** 0.5) if self.patch_size is None else self.patch_size
+        if side < 1 or height % side or width % side or (height // side) * (width // side) != tokens:
+            what = "square patches" if self.patch_size is None else f"patches of {side} x {side}"
+            raise InputError(
+                f"a field of {height} x {width} pixels is not {tokens} {what}, one for each token: give the field that "
+                "the tokens were made from, or patch means [batch or 1, tokens]"
+            )
+        return side
+
+
+def _check_places(x: Tensor, **given: Tensor | None) -> None:
+    """Raise InputError unless tokens are numbers, and what is given with them is on their device."""
+    if not x.is_floating_point() or x.device.type == "meta":
+        raise InputError(f"tokens x are floating-point numbers on a device that has some, not {x.dtype} on {x.device}")
+    for name, values in given.items():
+        if values is not None and values.device != x.device:
+            raise InputError(f"{name} is on {values.device}, and the tokens are on {x.device}: move it there")
 
 
 def timm_block(dim: int, num_heads: int, mlp_ratio: float, *, drop: float, **options: Any) -> nn.Module:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from climax_elevation.errors import InputError
-from climax_elevation.upstream.launch import MODULES
+from climax_elevation.train import MODULES
 from climax_elevation.upstream.patching import CHOICES
 
 if TYPE_CHECKING:
@@ -184,13 +184,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> None:
-    from climax_elevation.demo import demo
+    from climax_elevation.testbed.demo import demo
 
     print(demo(options.out, region=options.region, bias=options.bias, seed=options.seed))
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> None:
-    from climax_elevation.upstream.launch import train
+    from climax_elevation.train import train
 
     train(options.module, options.climax, arguments)
 
@@ -236,7 +236,7 @@ def _units(pairs: list[str]) -> dict[str, str]:
 
 def _plot(options: argparse.Namespace, _: list[str]) -> None:
     try:
-        from climax_elevation import plots
+        from climax_elevation.draw import plots
     except ImportError as error:
         raise InputError(
             "pictures are drawn with matplotlib, which is not installed: pip install 'climax-elevation[plot]'"
@@ -246,7 +246,7 @@ def _plot(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _figure(options: argparse.Namespace) -> Figure:
-    from climax_elevation import pictures
+    from climax_elevation.draw import pictures
 
     if options.kind == "parameters":
         return pictures.parameters(options.folder)

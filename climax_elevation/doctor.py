@@ -12,8 +12,10 @@ from enum import Enum
 
 import torch
 
-from climax_elevation import PhysicsBias, available_biases, biased_attention, compiled
-from climax_elevation.attention import ENGINES
+from climax_elevation import compiled
+from climax_elevation.attention import ENGINES, biased_attention
+from climax_elevation.bias import PhysicsBias
+from climax_elevation.bias.registry import all_biases
 from climax_elevation.errors import InputError
 from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
 from climax_elevation.upstream.overlay import importable, overlay
@@ -22,10 +24,11 @@ from climax_elevation.upstream.series import git_executable
 
 # distribution: (module, oldest that is supported, first that is not)
 SUPPORTED: dict[str, tuple[str, str, str | None]] = {
-    "torch": ("torch", "2.4", None),
+    "torch": ("torch", "2.7", None),
     "timm": ("timm", "0.6.13", "2"),
-    "pytorch-lightning": ("pytorch_lightning", "2.0", "3"),
-    "numpy": ("numpy", "1.22", None),
+    "pytorch-lightning": ("pytorch_lightning", "2.5", "3"),
+    "jsonargparse": ("jsonargparse", "4.42", None),
+    "numpy": ("numpy", "1.23.5", None),
 }
 OLDEST_PYTHON = "3.10"
 ENGINE_TOLERANCE = 1e-5  # float32 rounding of sums over a handful of tokens
@@ -67,7 +70,7 @@ def doctor() -> list[Finding]:
         _git(),
         _loops(),
         *(_engine(name) for name in ENGINES),
-        Finding(Level.OK, "biases", ", ".join(available_biases())),
+        *_biases(),
         *_climax(),
     ]
 
@@ -150,6 +153,13 @@ def _engine(name: str) -> Finding:
     if not error <= ENGINE_TOLERANCE:
         return Finding(Level.WRONG, subject, f"is {error:.2g} off the reference: choose another with bias_args.engine")
     return Finding(Level.OK, subject, f"works on the {'GPU' if device == 'cuda' else 'CPU'}")
+
+
+def _biases() -> Iterator[Finding]:
+    names, broken = all_biases()
+    yield Finding(Level.OK, "biases", ", ".join(names))
+    for sentence in broken:
+        yield Finding(Level.WRONG, "biases", sentence)
 
 
 def _climax() -> Iterator[Finding]:

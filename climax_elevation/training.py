@@ -14,7 +14,8 @@ from torch.optim import LBFGS, Optimizer
 from climax_elevation.bias import ElevationBias
 from climax_elevation.checks import positive
 from climax_elevation.errors import InputError
-from climax_elevation.reader import TerrainReader
+from climax_elevation.seam import TerrainSeam
+from climax_elevation.watch import settle
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,18 @@ class TerrainCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # perhaps in the middle of a step, and a checkpoint may still be written
         self._end_own_rates()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settle()  # what is still on its way of the last batches: a bad one is not the end of an epoch
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settle()
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settle()
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settle()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_own_rates()
@@ -152,7 +165,7 @@ def exempt_from_decay(optimizer: Optimizer, parameters: list[nn.Parameter]) -> N
 def read_datamodule(module: nn.Module, datamodule: Any) -> None:
     """Give the terrain readers of `module` the statistics and the grid of a ClimaX data module."""
     for part in module.modules():
-        if isinstance(part, TerrainReader):
+        if isinstance(part, TerrainSeam):
             _read(part, datamodule)
 
 
@@ -170,7 +183,7 @@ def _scalars(parameters: dict[str, nn.Parameter]) -> dict[str, float]:
     return {name: parameter.item() for name, parameter in parameters.items() if parameter.numel() == 1}
 
 
-def _read(reader: TerrainReader, datamodule: Any) -> None:
+def _read(reader: TerrainSeam, datamodule: Any) -> None:
     source = f"the data module {type(datamodule).__name__}"
     folder = datamodule.hparams.get("root_dir") if hasattr(datamodule, "hparams") else None
     if folder is not None and Path(folder).is_dir():
@@ -185,7 +198,7 @@ def _read(reader: TerrainReader, datamodule: Any) -> None:
         reader.set_grid(np.asarray(lat), np.asarray(lon), source)
 
 
-def _read_mixed_sources(reader: TerrainReader, transforms: dict[str, Any], variables: Any, source: str) -> None:
+def _read_mixed_sources(reader: TerrainSeam, transforms: dict[str, Any], variables: Any, source: str) -> None:
     """Several sources share one model: they have to agree on every channel that the terrain is read from."""
     wanted = {reader.elevation_variable, *(reader.wind_variables or ())}
     seen: dict[str, tuple[float, float, str]] = {}

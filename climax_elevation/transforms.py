@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def transforming() -> bool:
@@ -13,9 +14,14 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def tracing(tensor: Tensor) -> bool:
+    """Whether a program is made of what is computed with it, in which there are no numbers yet."""
+    return torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether its numbers can be looked at: not while a graph is compiled, nor under vmap those of all members."""
-    return not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(tensor)
+    return not tracing(tensor) and not torch._C._functorch.is_batchedtensor(tensor)
 
 
 def each_in_turn(

@@ -3,7 +3,7 @@
 import os
 
 from climax_elevation.attention import ENGINES
-from climax_elevation.attention.triton import INSTALLED
+from climax_elevation.attention.engines.triton import INSTALLED
 
 INTERPRETED = INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 CPU_ENGINES = [name for name in ENGINES if name != "triton" or INTERPRETED]

@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from climax_elevation.attention import triton as engine
 from climax_elevation.attention import triton_kernels as kernels
+from climax_elevation.attention.engines import triton as engine
 
 CAPABILITIES = (80, 90)  # A100, H100
 NUMBERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
@@ -24,10 +24,10 @@ OF_ATTENTION = ("q", "k", "v", "grad")  # in q's type; dblock and the sums of th
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def compiled(kernel, constants, tile, capability, absent, of_type, number):
+def compiled(kernel, constants, launch, capability, absent, of_type, number):
     """Registers, bytes of stack and of shared memory of one kernel."""
     names = [parameter.name for parameter in kernel.params]
-    constants = {**constants, "EVEN": False, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    constants = {**constants, "EVEN": False, "ROWS": launch.rows, "COLUMNS": launch.columns}
     constants = {name: constants.get(name) for name in names if name in constants or name in absent}
     whole = ("tokens", "block_stride", "sample_stride", "head_stride", "token_stride")
     whole += ("first_row", "end_row", "first_column", "end_column")
@@ -41,7 +41,7 @@ def compiled(kernel, constants, tile, capability, absent, of_type, number):
     # as a launch finds them: addresses, strides and lengths are multiples of 16
     aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if kind(name) != "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -54,27 +54,30 @@ def compiled(kernel, constants, tile, capability, absent, of_type, number):
 
 def attention_kernels(capability, dtype, width, physics):
     """Those of one type and width, with the bias computed inside, or read from a block."""
-    tiles = engine._tiles_of(dtype, width)
+    launches = engine._launches_of(dtype, width)
     constants = {"HEADS": HEADS, "WIDTH": width, **engine._parts(width), "SCALE": width**-0.5}
     constants |= {"DIRECTION": "key_above", "RESUME": not physics}
     features = ("dheight", "dexcess")
     absent = ("block", "dblock", *features) if physics else (*engine._Physics._fields, *features)
     of_type = (*OF_ATTENTION, "dblock", *(("out", "dq", "dk", "dv") if physics else ()))
-    for tile, kernel in zip(
-        tiles,
+    for launch, kernel in zip(
+        launches,
         (kernels.attention_forward, kernels.attention_backward_queries, kernels.attention_backward_keys),
         strict=True,
     ):
         if physics or kernel is not kernels.attention_backward_queries:
             name = f"{capability} {dtype} {width} {'physics' if physics else 'block'} {kernel.__name__}"
-            yield name, compiled(kernel, constants, tile, capability, absent, of_type, NUMBERS[dtype])
+            yield name, compiled(kernel, constants, launch, capability, absent, of_type, NUMBERS[dtype])
 
 
 def relative_kernels(capability):
     constants = {"HEADS": HEADS, "HEADS_HELD": HEADS, "UNITS": UNITS, "UNITS_HELD": UNITS, "PRECISION": "tf32"}
     for kernel in (kernels.relative_bias, kernels.relative_bias_backward):
-        tile = engine.PAIRS[UNITS]
-        yield f"{capability} {kernel.__name__}", compiled(kernel, constants, tile, capability, (), ("dblock",), "*bf16")
+        launch = engine.PAIRS[UNITS]
+        yield (
+            f"{capability} {kernel.__name__}",
+            compiled(kernel, constants, launch, capability, (), ("dblock",), "*bf16"),
+        )
 
 
 if __name__ == "__main__":

@@ -300,3 +300,49 @@ def test_coordinates_and_states_that_do_not_fit_are_refused():
         AdvectionBias(2, terrain.grid).inputs(terrain.select([0, 1]))
     with pytest.raises(InputError, match="width_scale is a number of widths above 0"):
         AdvectionBias(2, terrain.grid, width_scale=0)
+
+
+def test_few_heads_and_small_grids_start_as_they_should():
+    # one width for fewer than four heads, the square root of the widest; that is two patches on grids up to 8 long
+    for heads in (1, 2, 3):
+        widths = (-AdvectionBias(heads, (4, 4)).log_kappa / 2).exp()
+        torch.testing.assert_close(widths, torch.full((heads,), 2**0.5))
+    assert (-AdvectionBias(4, (4, 4)).log_kappa / 2).exp().max().item() == pytest.approx(2.0)
+
+
+def test_what_is_missing_is_said_when_it_is_prepared():
+    from dataclasses import replace
+
+    terrain = global_terrain()
+    for name in ("u", "lead_hours", "lat"):
+        with pytest.raises(InputError, match="the advection bias needs"):
+            AdvectionBias(2, terrain.grid).prepare(replace(terrain, **{name: None}))
+
+
+def test_one_gust_of_a_month_is_enough_to_refuse():
+    from dataclasses import replace
+
+    terrain = equator([0.0, 90.0, 180.0, 270.0], 1.0, hours=730.0)
+    u = terrain.u.clone()
+    u[0, 2] = 10.0
+    with pytest.raises(InputError, match="reaches 26280 km"):
+        AdvectionBias(2, terrain.grid).inputs(replace(terrain, u=u))
+
+
+def test_samples_on_planes_of_their_own():
+    bias = made(plane(3, 4, 5.0, 2.0, 12e3, 1.0)).double()
+    inputs = [bias.inputs(plane(3, 4, 5.0, 2.0, spacing, 1.0)) for spacing in (12e3, 24e3)]
+    together = bias(*(torch.cat(pair) for pair in zip(*inputs, strict=True)))
+    torch.testing.assert_close(together, torch.cat([bias(*one) for one in inputs]), rtol=1e-9, atol=1e-9)
+
+
+def test_directions_of_a_field_of_places_are_those_of_each():
+    from climax_elevation.terrain.sphere import east_and_north, unit_vectors
+
+    lat, lon = torch.tensor([[10.0, -40.0], [70.0, 0.0]]), torch.tensor([[20.0, 200.0], [-80.0, 90.0]])
+    for got, each in zip(
+        (unit_vectors(lat, lon), *east_and_north(lat, lon)),
+        (unit_vectors(lat.flatten(), lon.flatten()), *east_and_north(lat.flatten(), lon.flatten())),
+        strict=True,
+    ):
+        assert torch.equal(got, each.reshape(2, 2, 3))

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from climax_elevation.data import altitude
-from climax_elevation.data.altitude import REGIONS, ElevationMap, mean_elevation_m, region_elevation
 from climax_elevation.errors import InputError
+from climax_elevation.testbed import altitude
+from climax_elevation.testbed.altitude import REGIONS, ElevationMap, mean_elevation_m, region_elevation
 
 pytest.importorskip("pvlib", reason="terrain comes from the package pvlib, which is not installed")
 DATA = Path(__file__).parents[1].parent / "shared" / "data"

@@ -1,6 +1,7 @@
 """biased_attention: by hand, then every engine against a plain loop in float64, then precision and factors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -140,7 +141,9 @@ def test_auto_is_an_engine_and_an_unknown_one_is_refused():
         (8192, "cpu", torch.float32, 0.0, AdvectionBias(4, (64, 128)), "sdpa"),
         (8192, "cpu", torch.bfloat16, 0.0, AdvectionBias(4, (64, 128)), "tiled"),
         (2048, "cuda", torch.bfloat16, 0.0, AdaptiveBias(), "sdpa"),
-        (4096, "cuda", torch.bfloat16, 0.0, AdaptiveBias(), "tiled"),
+        (2048, "cuda", torch.bfloat16, 0.0, PhysicsBias(), "sdpa"),
+        (4096, "cuda", torch.bfloat16, 0.0, PhysicsBias(), "tiled"),
+        (8192, "cuda", torch.float32, 0.0, AdvectionBias(4, (64, 128)), "sdpa"),
         (4096, "xpu", torch.bfloat16, 0.0, PhysicsBias(), "tiled"),
     ],
 )
@@ -153,7 +156,8 @@ def test_auto_goes_by_length_type_and_what_the_bias_offers(tokens, device, dtype
 def test_auto_runs_what_it_chose(monkeypatch):
     ran = []
     for name, engine in ENGINES.items():
-        monkeypatch.setitem(ENGINES, name, lambda *a, engine=engine, name=name: ran.append(name) or engine(*a))
+        attend = lambda *a, engine=engine, name=name: ran.append(name) or engine.attend(*a)  # noqa: E731
+        monkeypatch.setitem(ENGINES, name, replace(engine, attend=attend))
     for tokens in (255, 256):
         q = torch.randn(1, 1, tokens, 8)
         biased_attention(q, q, q, PhysicsBias(wind=False), (torch.rand(1, tokens) * 1000,))
@@ -232,3 +236,32 @@ def test_factors_are_not_used_in_half_precision():
     plain = nn.functional.scaled_dot_product_attention(q, k, v)
     plain_exact = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
     assert (half.double() - exact).abs().max() < 2 * (plain.double() - plain_exact).abs().max() + 2.0**-8
+
+
+@pytest.mark.parametrize("engine", ["auto", *CPU_ENGINES])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"dropout_p": -0.1}, "dropout_p is a probability, from 0 to 1, not -0.1"),
+        ({"dropout_p": 1.5}, "dropout_p is a probability, from 0 to 1, not 1.5"),
+        ({"dropout_p": math.nan}, "dropout_p is a probability, from 0 to 1, not nan"),
+        ({"scale": math.inf}, "scale is a finite number, not inf"),
+        ({"q": (1, 1, 0, 4)}, r"at least one sample, head, token and channel each, not \[1, 1, 0, 4\]"),
+        ({"q": (0, 1, 3, 4)}, r"at least one sample, head, token and channel each, not \[0, 1, 3, 4\]"),
+        ({"q": (1, 0, 3, 4)}, r"at least one sample, head, token and channel each, not \[1, 0, 3, 4\]"),
+        ({"q": (1, 1, 3, 0)}, r"at least one sample, head, token and channel each, not \[1, 1, 3, 0\]"),
+        ({"dtype": torch.int64}, "of one floating-point type, not torch.int64"),
+        ({"v_dtype": torch.bfloat16}, "one floating-point type, not torch.float32, torch.float32 and torch.bfloat16"),
+        ({"device": "meta"}, "on one device, and have values there, not on meta"),
+        ({"z_device": "meta"}, "the bias's inputs are on cpu, as q is, not on meta"),
+    ],
+)
+def test_what_no_attention_can_be_of_is_refused_by_every_engine(engine, changed, message):
+    shape, dtype, device = changed.get("q", (1, 1, 3, 4)), changed.get("dtype", torch.float32), changed.get("device")
+    q = torch.ones(shape, dtype=dtype, device=device)
+    z = torch.ones(1, shape[2], device=changed.get("z_device", device))
+    options = {name: value for name, value in changed.items() if name in ("dropout_p", "scale")}
+    with pytest.raises(InputError, match=message):
+        biased_attention(
+            q, q, q.to(changed.get("v_dtype", dtype)), PhysicsBias(wind=False), (z,), engine=engine, **options
+        )

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +21,14 @@ import yaml
 from pytorch_lightning import Trainer
 
 from climax_elevation.cli import main
-from climax_elevation.compare import Comparison, compare
+from climax_elevation.compare import Comparison, compare, comparison
 from climax_elevation.compare.config import read_configuration
-from climax_elevation.compare.inference import holm
 from climax_elevation.compare.runs import host_class
+from climax_elevation.compare.significance import holm
 from climax_elevation.compare.tables import verdict
 from climax_elevation.diagnostics import open_run
 from climax_elevation.errors import InputError
-from climax_elevation.experiment import ModelSettings, build_network, quiet
+from climax_elevation.testbed.fit import ModelSettings, build_network, quiet
 from climax_elevation.upstream.locate import find_climax
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "compare").glob("*.yaml"))
@@ -221,6 +223,13 @@ def test_a_simulated_tracer(tmp_path: Path) -> None:
     assert "| floor, true wind |" in found.report
     assert "a simulated tracer over real terrain, region alps" in found.report
     assert {"windward", "lee", "neutral"} < set(found.results.stratum)
+    assert compare(tmp_path / "c.yaml", out=tmp_path / "out").report == found.report
+    shard = sorted((tmp_path / "out" / "data" / "train").glob("*.npz"))[0]
+    simulated = shard.read_bytes()
+    rewrite_keeping_times(shard)
+    with pytest.raises(InputError, match=f"other data \\(train/{shard.name} has changed\\)"):
+        compare(tmp_path / "c.yaml", out=tmp_path / "out")
+    shard.write_bytes(simulated)
     configuration["data"]["tracer"]["speed_m_s"] = 8.0
     with pytest.raises(InputError, match="data.tracer.settings.speed_m_s 9.0, now 8.0"):
         compare(write(tmp_path / "c.yaml", configuration), out=tmp_path / "out")
@@ -355,6 +364,84 @@ def test_a_folder_of_another_configuration_is_refused(done: Comparison, root: Pa
         path = write(tmp_path / "other.yaml", _nested(tiny(root) | {"variants": dict(VARIANTS)}, place, value))
         with pytest.raises(InputError, match=f"was run with another configuration \\({sentence}"):
             compare(path, out=done.out)
+
+
+def rewrite_keeping_times(path: Path) -> None:
+    """Another number in place: name, size and time of modification stay."""
+    before = path.stat()
+    with np.load(path) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    arrays[next(iter(arrays))].flat[-1] += 1
+    with open(path, "r+b") as file:
+        np.savez(file, **arrays)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_ino, after.st_size, after.st_mtime_ns) == (before.st_ino, before.st_size, before.st_mtime_ns)
+
+
+def with_files(root: Path, folder: Path) -> dict[str, Any]:
+    """A comparison one variant of which has its terrain from files of its own."""
+    own = folder / "own"
+    shutil.copytree(root, own, ignore=shutil.ignore_patterns("train", "val", "test"))
+    np.savez(folder / "heights.npz", orography=tiny_data.fields(0, 1)["orography"][0, 0])
+    of_files = {"elevation_file": str(folder / "heights.npz"), "stats_dir": str(own)}
+    configuration = tiny(root)
+    configuration["variants"] = {"none": None, "physics": {"bias_type": "physics", "bias_args": of_files}}
+    return configuration | {"seeds": [3], "pairs": []}
+
+
+def test_a_folder_of_other_data_is_refused_and_the_file_named(root: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(root, data)
+    path = write(tmp_path / "c.yaml", with_files(data, tmp_path))
+    done = compare(path, out=out)
+    assert compare(path, out=out).report == done.report
+    for changed, named in (
+        (data / "train" / "1.npz", "train/1.npz"),
+        (data / "test" / "climatology.npz", "test/climatology.npz"),
+        (data / "normalize_std.npz", "normalize_std.npz"),
+        (tmp_path / "heights.npz", str(tmp_path / "heights.npz")),
+        (tmp_path / "own" / "normalize_mean.npz", str(tmp_path / "own" / "normalize_mean.npz")),
+    ):
+        original = changed.read_bytes()
+        rewrite_keeping_times(changed)
+        with pytest.raises(
+            InputError, match=rf"was run with other data \({re.escape(named)} has changed\): give another"
+        ):
+            compare(path, out=out)
+        changed.write_bytes(original)  # at another time, which tells nothing
+        assert compare(path, out=out).report == done.report
+    shutil.move(data / "val" / "4.npz", tmp_path)
+    np.save(data / "lat.npy", tiny_data.LAT + 1)
+    with pytest.raises(InputError, match=r"other data \(lat.npy has changed, and 1 more\)"):
+        compare(path, out=out)
+    np.save(data / "lat.npy", tiny_data.LAT)
+    with pytest.raises(InputError, match=r"other data \(val/4.npz is gone\)"):
+        compare(path, out=out)
+    (out / "files.json").unlink()  # which file it was is not known any more, but that there was one
+    with pytest.raises(InputError, match=r"another configuration \(data.fingerprint \w+, now \w+\)"):
+        compare(path, out=out)
+
+
+def test_data_that_change_while_they_are_trained_on(root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(root, data)
+    configuration = tiny(data) | {"variants": {"none": None}, "seeds": [3], "pairs": []}
+    path = write(tmp_path / "c.yaml", configuration)
+    run_all = comparison.run_all
+
+    def meanwhile(*arguments: Any) -> None:
+        run_all(*arguments)
+        rewrite_keeping_times(data / "train" / "0.npz")
+
+    monkeypatch.setattr(comparison, "run_all", meanwhile)
+    with pytest.raises(
+        InputError, match=r"train/0.npz has changed while runs were trained on it: remove them \(.*seed3\)"
+    ):
+        compare(path, out=out)
+    assert not (out / "report.md").exists()
+    with pytest.raises(InputError, match=r"other data \(train/0.npz has changed\)"):
+        compare(path, out=out)
 
 
 def test_the_command_line_ends_with_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from climax_elevation.compare.inference import StatisticsSettings, holm, paired_t, percentiles, resample
+from climax_elevation.compare.significance import StatisticsSettings, holm, paired_t, percentiles, resample
 from climax_elevation.errors import InputError
 
 

@@ -9,10 +9,10 @@ import torch
 
 from climax_elevation.compare.scores import METRICS, Samples, Scorer, load_samples, save_samples, score
 from climax_elevation.compare.strata import StrataSettings
-from climax_elevation.data.format import save_npz
 from climax_elevation.errors import InputError
-from climax_elevation.experiment import DataSettings, ModelSettings, build_network
-from climax_elevation.metrics import lat_weighted_acc, lat_weighted_rmse
+from climax_elevation.files import save_npz
+from climax_elevation.host.metrics import lat_weighted_acc, lat_weighted_rmse
+from climax_elevation.testbed.fit import DataSettings, ModelSettings, build_network
 
 MODEL = ModelSettings(patch_size=2, embed_dim=16, num_heads=2)
 

@@ -6,7 +6,7 @@ import torch
 
 from climax_elevation.compare.strata import StrataSettings, divide, gradient
 from climax_elevation.errors import InputError
-from climax_elevation.sphere import EARTH_RADIUS_M
+from climax_elevation.terrain.sphere import EARTH_RADIUS_M
 
 RANDOM = np.random.default_rng(6)
 A_DEGREE_M = EARTH_RADIUS_M * np.pi / 180

@@ -8,7 +8,7 @@ import yaml
 from test_launch import NAMES, TARGETS, check_run, forecasting
 
 from climax_elevation import available_biases
-from climax_elevation.upstream.launch import train
+from climax_elevation.train import train
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OVERLAYS = sorted(path.stem for path in (CONFIGS / "bias").glob("*.yaml"))

@@ -9,10 +9,10 @@ from terrains import EVERY_BIAS
 pytest.importorskip("pvlib", reason="the demo's terrain comes from the package pvlib, which is not installed")
 pytest.importorskip("matplotlib", reason="the demo draws with matplotlib, which is not installed")
 
-from climax_elevation import demo as module
-from climax_elevation.data.altitude import region_elevation
-from climax_elevation.demo import DemoReport, demo
 from climax_elevation.errors import InputError
+from climax_elevation.testbed import demo as module
+from climax_elevation.testbed.altitude import region_elevation
+from climax_elevation.testbed.demo import DemoReport, demo
 
 STEPS = 20
 

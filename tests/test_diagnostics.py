@@ -30,7 +30,7 @@ from climax_elevation.diagnostics import (
 from climax_elevation.diagnostics import strength as module
 from climax_elevation.diagnostics.interventions import ScaledBias
 from climax_elevation.diagnostics.strength import Seen, logits_and_bias, measure, row_step
-from climax_elevation.forecast import GlobalForecastModule
+from climax_elevation.host.module import GlobalForecastModule
 from climax_elevation.training import TerrainCallback, read_datamodule
 
 

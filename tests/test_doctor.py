@@ -1,13 +1,17 @@
 """The doctor tells what is there, and is only alarmed by what is wrong."""
 
+import configparser
 import importlib.metadata
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 from engines import CPU_ENGINES
 
 from climax_elevation import attention, available_biases, compiled
-from climax_elevation.doctor import Finding, Level, doctor, render, status
+from climax_elevation.attention.engine import Engine
+from climax_elevation.doctor import OLDEST_PYTHON, SUPPORTED, Finding, Level, doctor, render, status
 from climax_elevation.errors import InputError
 from climax_elevation.upstream.patching import apply, package_folder, revert
 
@@ -42,7 +46,7 @@ def test_an_engine_that_is_for_other_devices_is_no_fault(no_climax, monkeypatch)
     def for_gpus(*_):
         raise InputError("for GPUs: choose 'tiled'")
 
-    monkeypatch.setitem(attention.ENGINES, "for GPUs", for_gpus)
+    monkeypatch.setitem(attention.ENGINES, "for GPUs", Engine(for_gpus))
     assert found("engine for GPUs") == Finding(Level.NOTE, "engine for GPUs", "for GPUs: choose 'tiled'")
     assert status(doctor()) == 0
 
@@ -55,10 +59,12 @@ def test_an_engine_that_is_for_other_devices_is_no_fault(no_climax, monkeypatch)
         ("timm", "1.0.31", Level.OK),
         ("timm", "2.0.0", Level.WRONG),
         ("torch", "2.3.1+cu118", Level.WRONG),
-        ("torch", "2.4.0+cpu", Level.OK),
+        ("torch", "2.6.0", Level.WRONG),
+        ("torch", "2.7.0+cpu", Level.OK),
         ("torch", "2.15.0a0", Level.OK),
         ("pytorch-lightning", "1.9.5", Level.WRONG),
-        ("pytorch-lightning", "2.0.0", Level.OK),
+        ("pytorch-lightning", "2.4.0", Level.WRONG),
+        ("pytorch-lightning", "2.5.0", Level.OK),
         ("pytorch-lightning", "3.0", Level.WRONG),
     ],
 )
@@ -75,10 +81,10 @@ def test_engines_that_fail_or_differ_are_wrong(no_climax, monkeypatch):
         raise RuntimeError("no kernel")
 
     def wrong(*arguments):
-        return attention.dense_attention(*arguments) + 0.01
+        return attention.ENGINES["dense"].attend(*arguments) + 0.01
 
-    monkeypatch.setitem(attention.ENGINES, "broken", broken)
-    monkeypatch.setitem(attention.ENGINES, "wrong", wrong)
+    monkeypatch.setitem(attention.ENGINES, "broken", Engine(broken))
+    monkeypatch.setitem(attention.ENGINES, "wrong", Engine(wrong))
     findings = doctor()
     texts = {finding.subject: finding.text for finding in findings if finding.level is Level.WRONG}
     assert texts.keys() == {"engine broken", "engine wrong"}
@@ -152,3 +158,18 @@ def test_rendering():
     findings = [Finding(Level.OK, "a", "fine"), Finding(Level.WRONG, "longer", "broken")]
     assert render(findings) == "ok     a       fine\nwrong  longer  broken\n1 wrong"
     assert render(findings[:1]).endswith("nothing wrong")
+
+
+def test_the_oldest_versions_are_told_once_and_tested():
+    """setup.cfg's lower bounds, what .ci/run installs, and what the doctor calls too old."""
+    root = Path(__file__).parents[1]
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg")
+    required = re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\d.]+)", setup["options"]["install_requires"], re.MULTILINE)
+    assert len(required) == len(setup["options"]["install_requires"].split())
+    installed = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (root / ".ci" / "oldest.txt").read_text(), re.MULTILINE))
+    for name, oldest in required:
+        assert (installed[name] + ".").startswith(f"{oldest}."), name
+    for name, (_, oldest, _) in SUPPORTED.items():
+        assert dict(required)[name] == oldest
+    assert setup["options"]["python_requires"] == f">={OLDEST_PYTHON}"

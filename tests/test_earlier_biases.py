@@ -173,3 +173,8 @@ def test_wrong_shapes_are_refused():
         AdaptiveBias()(torch.zeros(1, 4), torch.zeros(1, 5))
     with pytest.raises(InputError, match=r"positions are \[batch or 1, tokens, 2\]"):
         RelativePositionBias2D(1)(torch.zeros(1, 4, 3).long())
+
+
+def test_elevation_of_another_shape_is_refused_by_adaptive():
+    with pytest.raises(InputError, match=r"elevation is \[batch or 1, tokens\] in metres, not \[1, 4, 1\]"):
+        AdaptiveBias()(torch.zeros(1, 4, 1), torch.zeros(1, 4))

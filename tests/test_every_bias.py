@@ -10,8 +10,16 @@ from engines import CPU_ENGINES, TRITON_CASES
 from terrains import EVERY_BIAS, GRID, global_terrain, make
 from test_attach import MEAN, STD, VARIABLES, strong
 
-from climax_elevation import Attention3D, InputError, available_biases, biased_attention, build_bias
-from climax_elevation.bias.base import leaves, map_tensors
+from climax_elevation import (
+    Attention3D,
+    InputError,
+    RelativePositionBias3D,
+    available_biases,
+    biased_attention,
+    build_bias,
+)
+from climax_elevation.bias import SumBias
+from climax_elevation.bias.base import ElevationBias, leaves, literal, map_tensors
 from climax_elevation.block import TerrainBlock, timm_block
 from climax_elevation.host import StandInClimaX
 
@@ -129,15 +137,23 @@ def test_reordered_inputs_give_the_reordered_bias(case):
 
 @pytest.mark.parametrize("case", EVERY_BIAS)
 def test_a_region_is_a_cut_of_the_whole(case):
-    """But for normalised coordinates and kernels that are centred on their tokens: up to a row's constant."""
-    terrain = global_terrain()
+    """But for normalised coordinates, whose scale is that of the region; up to a row's constant."""
+    terrain, ids = global_terrain(), [3, 4, 5, 11, 12, 13, 21]
     bias = make(case, terrain)
-    ids = [3, 4, 5, 11, 12, 13, 21]
     cut = bias(*bias.inputs(terrain.select(ids)))
-    if (case.startswith("relative_3d") and "physical" not in case) or "three" in case:
-        return  # the largest difference is that of the region, as the published formula has it
-    expected = bias(*bias.inputs(terrain))[:, :, ids][:, :, :, ids]
-    torch.testing.assert_close(cut.softmax(-1), expected.softmax(-1), rtol=1e-9, atol=1e-12)
+    parts = bias.parts if type(bias) is SumBias else [bias]
+    expected = sum(_cut(part, terrain, ids) for part in parts)
+    # 1e-6 is added to what normalised coordinates are divided by, twice
+    normalised = any(isinstance(part, RelativePositionBias3D) and part.coords == "normalized" for part in parts)
+    torch.testing.assert_close(cut.softmax(-1), expected.softmax(-1), rtol=1e-5 if normalised else 1e-9, atol=1e-12)
+    assert (cut - cut[..., :1]).abs().max() > 1e-3
+
+
+def _cut(bias, terrain, ids):
+    inputs = bias.inputs(terrain)
+    if isinstance(bias, RelativePositionBias3D) and bias.coords == "normalized":
+        return bias(inputs[0][:, ids])  # the largest difference is that of the region, as the published formula has it
+    return bias(*inputs)[:, :, ids][:, :, :, ids]
 
 
 @pytest.mark.parametrize("case", EVERY_BIAS)
@@ -257,3 +273,30 @@ def test_nested_inputs_are_walked_in_order():
     a, b, c = (torch.full((1,), float(n)) for n in range(3))
     assert [t.item() for t in leaves(((a, (b,)), c))] == [0, 1, 2]
     assert map_tensors(lambda t: t.item() + 1, ((a, (b,)), c)) == ((1, (2,)), 3)
+
+
+def test_plain_data_is_plain_all_through():
+    assert literal((1, "a", (2.5, None, True))) == "(1, 'a', (2.5, None, True))"
+    assert literal([1, {"a": [2]}]) == "[1, {'a': [2]}]"
+    for value in (
+        torch.zeros(1),
+        (1, torch.zeros(1)),
+        [1, torch.zeros(1)],
+        {"a": 1, "b": int},
+        (1, [int]),
+        float("nan"),
+    ):
+        assert literal(value) is None
+    assert literal((1, 2), lasting=True) == "(1, 2)"
+    for value in ([1], {"a": 1}, (1, [2])):  # which can be changed in their place
+        assert literal(value) is not None
+        assert literal(value, lasting=True) is None
+
+
+def test_what_a_bias_does_not_define_is_named():
+    class Empty(ElevationBias):
+        pass
+
+    for name, arguments in (("inputs", (None,)), ("features", (None,)), ("pairwise", ((), ()))):
+        with pytest.raises(NotImplementedError, match=rf"Empty does not define {name}\("):
+            getattr(Empty(), name)(*arguments)

@@ -19,10 +19,10 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from reference.write_reference import fill
 
-from climax_elevation import InputError, metrics
-from climax_elevation.data.shards import GlobalForecastDataModule
-from climax_elevation.forecast import GlobalForecastModule, load_pretrained, warmup_cosine
-from climax_elevation.host import StandInClimaX
+from climax_elevation import InputError
+from climax_elevation.host import StandInClimaX, metrics
+from climax_elevation.host.module import GlobalForecastModule, load_pretrained, warmup_cosine
+from climax_elevation.host.shards import GlobalForecastDataModule
 from climax_elevation.upstream import find_climax, overlay
 from climax_elevation.upstream.overlay import importable
 

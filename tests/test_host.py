@@ -4,6 +4,10 @@ import copy
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,10 @@ import pytest
 import torch
 from reference.write_reference import CASES, NAMES, build, run, shapes
 
-from climax_elevation import InputError, metrics
-from climax_elevation.host import StandInClimaX, grid_sinusoids, sinusoids
+from climax_elevation import InputError
+from climax_elevation.host import StandInClimaX, metrics
+from climax_elevation.host.model import grid_sinusoids, sinusoids
+from climax_elevation.upstream import find_climax, overlay
 
 FOLDER = Path(__file__).parent / "reference"
 MANIFEST = json.loads((FOLDER / "manifest.json").read_text())
@@ -137,6 +143,29 @@ def test_the_flag_off_ignores_its_arguments_and_attaches_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), off.state_dict().values(), strict=True))
     assert list(plain.state_dict()) == list(off.state_dict())
     assert not hasattr(off, "terrain")
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_patched_climax_imports_the_plugin_with_the_flag_and_not_without(on: bool, climax: Path) -> None:
+    program = """
+        import sys, torch
+        from climax.arch import ClimaX
+        on = sys.argv[1] == "True"
+        options = {"use_physics_mask": True, "bias_args": {"wind": False}} if on else {}
+        model = ClimaX(["orography", "b"], img_size=[8, 16], embed_dim=16, depth=1, num_heads=2, **options)
+        if on:
+            model.terrain.set_statistics({"orography": 400.0}, {"orography": 800.0}, "a test")
+        x = torch.rand(1, 2, 8, 16)
+        assert model(x, None, torch.ones(1), ["orography", "b"], ["b"], None, None)[1].isfinite().all()
+        print(*[name for name in sys.modules if name.split(".")[0] == "climax_elevation"])
+    """
+    with overlay(find_climax(climax), patched=True) as folder:
+        path = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
+        command = [sys.executable, "-c", textwrap.dedent(program), str(on)]
+        ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert ran.returncode == 0, ran.stderr
+    assert ("climax_elevation.attachment" in ran.stdout.split()) == on
+    assert on or not ran.stdout.split()
 
 
 def test_the_flag_on_biases_by_metres() -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import yaml
 
 from climax_elevation.compare import Comparison, compare
-from climax_elevation.data.altitude import ElevationMap
-from climax_elevation.data.format import RunningStatistics, save_npy, save_npz
-from climax_elevation.tracer import TracerSimulator
+from climax_elevation.data.format import RunningStatistics
+from climax_elevation.files import save_npy, save_npz
+from climax_elevation.testbed.altitude import ElevationMap
+from climax_elevation.testbed.tracer import TracerSimulator
 
 ROWS, COLUMNS = 8, 20
 WALL = slice(8, 10)  # two columns: one patch wide

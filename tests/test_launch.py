@@ -14,7 +14,7 @@ import torch
 import xarray as xr
 
 from climax_elevation.errors import InputError
-from climax_elevation.upstream.launch import train
+from climax_elevation.train import train
 
 NAMES = "[" + ", ".join(tiny_data.VARIABLES) + "]"
 TARGETS = "[" + ", ".join(tiny_data.TARGETS) + "]"

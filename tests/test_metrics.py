@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from climax_elevation import metrics
+from climax_elevation.host import metrics
 from climax_elevation.upstream import find_climax, overlay
 from climax_elevation.upstream.overlay import importable
 

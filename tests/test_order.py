@@ -11,7 +11,7 @@ from test_every_bias import LAT, LON, model, predict
 
 from climax_elevation import InputError, Terrain
 from climax_elevation.host import StandInClimaX
-from climax_elevation.order import wind_order
+from climax_elevation.terrain.order import published_order, wind_order
 
 
 def windy(u, v, grid=(2, 3), lat=None):
@@ -29,6 +29,13 @@ def test_six_patches_by_hand():
     assert wind_order(windy(0, -5)).tolist() == [[3, 4, 0, 5, 1, 2]]
     southward = torch.tensor([10.0] * 3 + [0.0] * 3)
     assert wind_order(windy(0, 5, lat=southward)).tolist() == [[3, 4, 0, 5, 1, 2]]
+    # a quarter of a degree apart
+    assert wind_order(windy(0, 5, lat=southward / 40)).tolist() == [[3, 4, 0, 5, 1, 2]]
+    assert wind_order(windy(0, 5, lat=-southward / 40)).tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert wind_order(windy(0, 5, (2, 1), torch.tensor([10.0, 0.0]))).tolist() == [[1, 0]]
+    # a region whose patches come in another order has its rows where they are
+    grid = Terrain(torch.zeros(1, 12), (4, 3), u=torch.zeros(1, 12), v=torch.ones(1, 12), lat=torch.arange(12) // 3.0)
+    assert wind_order(grid.select([9, 10, 11, 0, 1, 2])).tolist() == [[3, 4, 5, 0, 1, 2]]
 
 
 @pytest.mark.parametrize("sectors", [4, 16])
@@ -50,6 +57,55 @@ def test_winds_of_a_sector_share_their_order_and_samples_have_their_own():
     assert torch.equal(near[0], near[1])
     assert torch.equal(near[1], near[2])
     assert not torch.equal(near[0], wind_order(windy(0, 5, (4, 6)))[0])
+
+
+def published_loop(u, v, height, width):
+    """The published description, a patch at a time, with Python's own sorting."""
+    heading = math.atan2(v, u) % (2 * math.pi)
+    sector = int(heading / (2 * math.pi) * 16) % 16
+    cos, sin = math.cos(2 * math.pi * sector / 16), math.sin(2 * math.pi * sector / 16)
+    places = [(row, column) for row in range(height) for column in range(width)]
+    places = sorted(places, key=lambda place: place[0] * sin + place[1] * cos)
+    bands = max(height, width)
+    size = len(places) // bands
+    order = []
+    for number in range(bands):
+        last = number == bands - 1
+        band = places[number * size :] if last else places[number * size : (number + 1) * size]
+        in_order = sorted(band, key=lambda place: sum(place) % 2 * 1000 + place[0] * width + place[1])
+        order += [row * width + column for row, column in in_order]
+    return order
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (4, 6), (6, 4), (1, 5), (5, 1), (8, 16), (32, 40), (40, 32)])
+def test_the_published_order_is_that_of_a_plain_loop(grid):
+    """Larger grids have more than 1000 patches, from which on odd ones no longer come after all even ones."""
+    n = grid[0] * grid[1]
+    angles = [math.pi / 8 * k + turn for k in range(-8, 8) for turn in (1e-3, 0.2, 0.39)]
+    u, v = ([5 * function(angle) for angle in angles] for function in (math.cos, math.sin))
+    wind = (torch.tensor(w, dtype=torch.float64)[:, None].expand(-1, n) for w in (u, v))
+    got = published_order(Terrain(torch.zeros(1, n), grid, **dict(zip("uv", wind, strict=True))))
+    assert got.tolist() == [published_loop(*one, *grid) for one in zip(u, v, strict=True)]
+
+
+def test_the_published_order_by_hand():
+    # a west wind over 2 x 4 patches: bands are columns of two, and in each the even patch (row + column) is first
+    assert published_order(windy(5, 0, (2, 4))).tolist() == [[0, 4, 5, 1, 2, 6, 7, 3]]
+    # v points to higher rows, whatever the latitudes say; four bands of two cut the rows in halves
+    assert published_order(windy(0, 5, (2, 4))).tolist() == [[0, 1, 2, 3, 5, 4, 7, 6]]
+    southward = torch.tensor([10.0] * 4 + [0.0] * 4)
+    assert published_order(windy(0, 5, (2, 4), southward)).tolist() == published_order(windy(0, 5, (2, 4))).tolist()
+    # 22.4 degrees belong to the sector that begins at 0, not to the nearest
+    turned = math.radians(22.4)
+    near = published_order(windy(5 * math.cos(turned), 5 * math.sin(turned), (2, 4)))
+    assert near.tolist() == published_order(windy(5, 0, (2, 4))).tolist()
+
+
+def test_the_published_order_of_a_region_is_that_of_a_grid_of_its_own():
+    terrain = global_terrain((6, 8))
+    region = terrain.select([9, 10, 11, 17, 18, 19])
+    alone = Terrain(region.elevation_m, (2, 3), u=region.u, v=region.v)
+    assert torch.equal(published_order(region), published_order(alone))
 
 
 @pytest.mark.parametrize("case", EVERY_BIAS)
@@ -85,7 +141,7 @@ def test_as_published_is_the_literal_reordering_of_tokens():
     lead_times = torch.tensor([0.06, 0.24])
     got = published.forward_encoder(x, lead_times, VARIABLES)
     terrain = published.terrain(x, lead_times, VARIABLES)
-    order = wind_order(terrain)
+    order = published_order(terrain)
     batch = torch.arange(2)[:, None]
     tokens = published._tokens(x, lead_times, VARIABLES) - published.pos_embed
     tokens = tokens[batch, order] + published.pos_embed
@@ -110,7 +166,7 @@ def test_published_order_survives_copies_and_trains_the_position_embedding():
         with torch.no_grad():
             other.pos_embed.mul_(5)
         changed = predict(other)
-        other.terrain.position_embedding = (made.pos_embed,)
+        other.terrain.host = (made,)
         assert not torch.equal(predict(other), changed)  # it was reading its own
     assert torch.equal(predict(made), before)
 
@@ -141,13 +197,17 @@ def test_without_wind_there_is_no_order():
     terrain = global_terrain()
     with pytest.raises(InputError, match="patch_order: wind needs wind, and this terrain has none"):
         wind_order(replace(terrain, u=None, v=None))
+    with pytest.raises(InputError, match="patch_order: wind_as_published needs wind, and this terrain has none"):
+        published_order(replace(terrain, u=None, v=None))
 
 
-def test_a_plane_grid_reaches_the_bias():
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_a_plane_grid_reaches_the_bias(patch_size):
     torch.manual_seed(0)
     made = StandInClimaX(
         VARIABLES,
         [8, 16],
+        patch_size,
         embed_dim=32,
         depth=1,
         num_heads=4,
@@ -157,6 +217,6 @@ def test_a_plane_grid_reaches_the_bias():
     )
     made.terrain.set_statistics(MEAN, STD, "a test")
     assert predict(made.eval()).isfinite().all()
-    # a patch of two pixels, in Earth radii
-    assert made.blocks[0].attn.bias.patch_rad.item() == pytest.approx(6000 / 6.371e6)
+    # the side of a patch, in Earth radii
+    assert made.blocks[0].attn.bias.patch_rad.item() == pytest.approx(3000 * patch_size / 6.371e6)
     made.terrain.set_grid(LAT, LON, "a test")

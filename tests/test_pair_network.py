@@ -69,3 +69,9 @@ def test_training_goes_on_after_inference(loops):
         pair_network(query, query, torch.ones(1, 4), torch.zeros(1))
     pair_network(query.requires_grad_(), query, torch.ones(1, 4), torch.zeros(1)).sum().backward()
     assert query.grad.abs().sum() > 0
+
+
+def test_its_shape_is_known_without_numbers():
+    with torch._subclasses.FakeTensorMode():
+        values = pair_network(torch.zeros(2, 3, 5), torch.zeros(2, 4, 5), torch.zeros(6, 5), torch.zeros(6))
+    assert values.shape == (2, 6, 3, 4)

@@ -18,15 +18,16 @@ from matplotlib.contour import ContourSet
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from climax_elevation import InputError, pictures, plots
+from climax_elevation import InputError
 from climax_elevation.cli import main
-from climax_elevation.data.shards import GlobalForecastDataModule
 from climax_elevation.diagnostics import Run, open_run, read_record
 from climax_elevation.diagnostics.view import Field, error_field, ground_field, transect, view_from
-from climax_elevation.forecast import GlobalForecastModule
+from climax_elevation.draw import pictures, plots
+from climax_elevation.host.module import GlobalForecastModule
+from climax_elevation.host.shards import GlobalForecastDataModule
+from climax_elevation.train import _train_stand_in
 from climax_elevation.training import read_datamodule
 from climax_elevation.upstream.config import modernize
-from climax_elevation.upstream.launch import _train_stand_in
 
 PLACE = (5.0, 8.0)  # row 0, column 1 of patches of 4 x 4 pixels, 2 degrees each
 

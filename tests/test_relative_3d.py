@@ -114,6 +114,20 @@ def test_patch_coordinates_by_hand():
     assert level[..., 2].tolist() == [[0, 0]]
 
 
+def test_patch_coordinates_have_the_documents_defaults():
+    field = torch.rand(1, 128, 256) * 4000
+    assert torch.equal(compute_patch_coords_3d(field), compute_patch_coords_3d(field, (128, 256), 2))
+    with pytest.raises(InputError, match=r"an elevation field is \[batch, 128, 256\], not \[1, 64, 128\]"):
+        compute_patch_coords_3d(field[:, ::2, ::2])
+
+
+def test_a_field_with_holes_is_refused():
+    field = torch.rand(1, 4, 6)
+    field[0, 2, 2] = math.nan
+    with pytest.raises(InputError, match="elevation_field has values that are not finite"):
+        compute_patch_coords_3d(field, (4, 6), 2)
+
+
 def test_a_model_sees_what_compute_patch_coords_3d_gives():
     torch.manual_seed(0)
     field = torch.rand(2, 8, 12) * 4000
@@ -225,3 +239,15 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_fields_that_do_not_fit_are_refused(field, img_size, patch, message):
     with pytest.raises(InputError, match=message):
         compute_patch_coords_3d(field, img_size, patch)
+
+
+def test_defaults_are_the_documents():
+    bias = RelativePositionBias3D(8)
+    assert sum(parameter.numel() for parameter in bias.parameters()) == (3 + 1) * 64 + (64 + 1) * 8
+    assert Attention3D(32, 4).bias.mlp[0].out_features == 64
+    assert not any(parameter.any() for parameter in RelativePositionBias3D(8, zero_init=True).mlp[2].parameters())
+
+
+def test_the_poles_are_latitudes():
+    coords = torch.tensor([[[0.0, 90.0, 0.0], [0.0, -90.0, 2800.0]]])
+    assert RelativePositionBias3D(2, coords="physical")(coords).isfinite().all()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from climax_elevation import InputError
-from climax_elevation.data.format import save_npy, save_npz
-from climax_elevation.data.shards import ForecastDataset, GlobalForecastDataModule, Normalize, Shard
+from climax_elevation.files import save_npy, save_npz
+from climax_elevation.host.shards import ForecastDataset, GlobalForecastDataModule, Normalize, Shard
 
 
 def _module(root: Path, **changes: Any) -> GlobalForecastDataModule:

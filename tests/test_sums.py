@@ -113,3 +113,9 @@ def test_mistakes_are_one_sentence(name, arguments, message):
 def test_every_case_of_the_tests_is_buildable_by_name():
     for name, arguments in EVERY_BIAS.values():
         build_bias(name, num_heads=4, grid=(4, 8), **arguments)
+
+
+def test_a_sum_has_factors_only_where_all_its_parts_have():
+    advection = AdvectionBias(4, (4, 8))
+    assert SumBias({"one": advection, "other": AdvectionBias(4, (4, 8))}).has_factors
+    assert not SumBias({"near": advection, "hills": PhysicsBias()}).has_factors

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from climax_elevation import InputError, Terrain, TerrainReader, downsample_elevation
-from climax_elevation.elevation_file import ElevationField, read_elevation_file
+from climax_elevation import InputError, PhysicsBias, Terrain, downsample_elevation
+from climax_elevation.block import TerrainBlock, timm_block
+from climax_elevation.seam import TerrainSeam
+from climax_elevation.terrain.elevation_file import ElevationField, read_elevation_file
 
 VARIABLES = ("orography", "2m_temperature", "10m_u_component_of_wind", "10m_v_component_of_wind")
 WINDS = ("10m_u_component_of_wind", "10m_v_component_of_wind")
@@ -18,7 +20,7 @@ STD = {"orography": 800.0, "2m_temperature": 20.0, WINDS[0]: 5.0, WINDS[1]: 4.0}
 
 def reader(**options):
     defaults = {"elevation_variable": "orography", "wind_variables": WINDS}
-    return TerrainReader([4, 6], 2, **(defaults | options))
+    return TerrainSeam([4, 6], 2, **(defaults | options))
 
 
 def physical_batch(batch=2, seed=0):
@@ -171,10 +173,36 @@ def test_a_control_changes_the_ground_alone_and_is_said(caplog):
 def test_a_region_of_a_mirrored_ground_is_that_of_the_whole():
     x = standardised(physical_batch())
     read = reader_with_statistics(control="mirrored")
-    assert (
-        read(x, None, VARIABLES, [0, 4]).elevation_m.tolist()
-        == read(x, None, VARIABLES).elevation_m[:, [0, 4]].tolist()
-    )
+    part = for_a_block(read, x, [0, 4])
+    assert part.elevation_m.tolist() == read(x, None, VARIABLES).elevation_m[:, [0, 4]].tolist()
+
+
+def for_a_block(read, x, patch_ids=None):
+    """The terrain that a block is given."""
+
+    class Block(TerrainBlock):
+        def terrain_inputs(self, terrain, order=None):
+            return {"terrain": terrain}
+
+    block = Block(timm_block(8, 2, 4.0, drop=0.0), PhysicsBias())
+    return read.for_blocks([block], x, torch.tensor([0.5, 0.5]), VARIABLES, patch_ids)[0]["terrain"]
+
+
+def test_permuted_heights_are_the_same_heights_in_one_order_for_all():
+    x = standardised(physical_batch())
+    true = reader_with_statistics()(x, None, VARIABLES).elevation_m
+    seen = [
+        reader_with_statistics(control="permuted", control_seed=seed)(x, None, VARIABLES).elevation_m
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    assert torch.equal(seen[0], true[:, [5, 2, 1, 3, 0, 4]])  # by hand from the committed order of seed 0
+    assert torch.equal(seen[0].sort(dim=1).values, true.sort(dim=1).values)
+    state = torch.random.get_rng_state()
+    reader(control="permuted", control_seed=7)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert "control_order" not in reader(control="permuted").state_dict()
 
 
 def reader_with_statistics(**options):
@@ -298,7 +326,7 @@ def test_a_region_is_the_same_terrain_cut():
     x = standardised(physical_batch())
     read.set_grid(LAT, LON, "the data")
     whole = read(x, torch.tensor([0.5, 0.5]), VARIABLES)
-    part = read(x, torch.tensor([0.5, 0.5]), VARIABLES, [1, 2, 5])
+    part = for_a_block(read, x, [1, 2, 5])
     assert torch.equal(part.elevation_m, whole.elevation_m[:, [1, 2, 5]])
     assert torch.equal(part.speed, whole.speed[:, [1, 2, 5]])
     assert torch.equal(part.lat, whole.lat[[1, 2, 5]])
@@ -349,5 +377,5 @@ def test_files_that_do_not_serve(tmp_path):
     with pytest.raises(InputError, match="2 latitudes and 6 longitudes for a field of"):
         read_elevation_file(tmp_path / "z.npz")
     xarray.Dataset({"z": (("y", "x"), np.zeros((4, 6)))}).to_netcdf(tmp_path / "z.nc")
-    with pytest.raises(InputError, match="in metres or m2 s-2 by its attribute units, not ''"):
+    with pytest.raises(InputError, match=r"must come in one of 'm', .* but it names no unit: write"):
         read_elevation_file(tmp_path / "z.nc")

@@ -8,9 +8,9 @@ from terrains import EVERY_BIAS, global_terrain, make
 from test_tiled import both, use_tiles
 
 from climax_elevation import biased_attention
-from climax_elevation.attention import tiled
-from climax_elevation.attention.tiles import twin
-from climax_elevation.threads import at_once, shares
+from climax_elevation.attention.engines import tiled
+from climax_elevation.bias.as_data import with_tensors
+from climax_elevation.compiled.threads import at_once, shares
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_inference_mode_is_that_of_the_thread_that_asks(three_threads):
 
 def test_a_twin_shares_its_parameters_and_replaces_them_alone():
     bias = make("sum of three", global_terrain())
-    other = twin(bias)
+    other = with_tensors(bias, {})
     assert other is not bias
     assert [id(p) for p in other.parameters()] == [id(p) for p in bias.parameters()]
     before = bias.ridge.elevation_alpha

@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from climax_elevation import InputError, PhysicsBias, RelativePositionBias3D, biased_attention
-from climax_elevation.attention import tile, tiled, tiles
+from climax_elevation.attention import bias_tiles, partial_softmax
+from climax_elevation.attention.engines import tiled
 from climax_elevation.block import TerrainBlock, timm_block
 
 pytestmark = pytest.mark.usefixtures("loops")
@@ -22,10 +23,10 @@ def small_tiles(monkeypatch):
 
 
 def use_tiles(monkeypatch, *, side, tile_held, buffer_held):
-    for module in (tiled, tiles):
+    for module in (tiled, bias_tiles):
         monkeypatch.setattr(module, "SIDE", side)
-    monkeypatch.setattr(tiles, "TILE_HELD", tile_held)
-    monkeypatch.setattr(tile, "BUFFER_HELD", buffer_held)
+    monkeypatch.setattr(bias_tiles, "TILE_HELD", tile_held)
+    monkeypatch.setattr(partial_softmax, "BUFFER_HELD", buffer_held)
 
 
 def both(bias, inputs, batch, heads, tokens, seed=0, **options):

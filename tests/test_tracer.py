@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from climax_elevation.data.altitude import ElevationMap
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
-from climax_elevation.tracer import (
+from climax_elevation.testbed.altitude import ElevationMap
+from climax_elevation.testbed.tracer import (
     EARTH_RADIUS_M,
     TRACER_VARIABLES,
     TracerSettings,

@@ -11,9 +11,9 @@ from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from torch import nn
 
 from climax_elevation import InputError
-from climax_elevation.data.shards import GlobalForecastDataModule, Normalize
-from climax_elevation.forecast import GlobalForecastModule
 from climax_elevation.host import StandInClimaX
+from climax_elevation.host.module import GlobalForecastModule
+from climax_elevation.host.shards import GlobalForecastDataModule, Normalize
 from climax_elevation.training import OwnRate, TerrainCallback, exempt_from_decay
 
 

@@ -17,8 +17,8 @@ from torch.nn.utils import parametrize
 from climax_elevation import InputError, PhysicsBias, biased_attention, compiled, register_bias
 from climax_elevation.bias import AdvectionBias, RidgeBias, SumBias
 from climax_elevation.bias.as_data import described, given_values, tensors_of
+from climax_elevation.bias.registry import _biases
 from climax_elevation.block import PhysicsGuidedBlockCorrected, TerrainBlock, timm_block
-from climax_elevation.registry import _biases
 
 TOKENS = 32
 ENGINES = ["sdpa", "tiled"]

@@ -13,8 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from climax_elevation import InputError, PhysicsBias, RelativePositionBias3D, biased_attention
-from climax_elevation.attention import choose_engine
-from climax_elevation.attention import triton as engine
+from climax_elevation.attention.engines import triton as engine
 from climax_elevation.bias import AdaptiveBias
 from climax_elevation.block import TerrainBlock, timm_block
 
@@ -31,9 +30,11 @@ SHAPES = [  # batch, heads, tokens, head width, terrains
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles, and blocks of the relative bias, that a few dozen tokens fill several of."""
-    tile = engine.Tile(16, 16, 4, 1)
-    monkeypatch.setattr(engine, "TILES", {(size, 128): engine.Tiles(tile, tile, tile) for size in (2, 4, 8)})
-    monkeypatch.setattr(engine, "PAIRS", {engine.MOST_UNITS: engine.Tile(8, 16, 4, 1)})
+    launch = engine.Launch(16, 16, 4, 1)
+    monkeypatch.setattr(
+        engine, "LAUNCHES", {(size, 128): engine.Launches(launch, launch, launch) for size in (2, 4, 8)}
+    )
+    monkeypatch.setattr(engine, "PAIRS", {engine.MOST_UNITS: engine.Launch(8, 16, 4, 1)})
     monkeypatch.setattr(engine, "BLOCK_HELD", 1)  # 16 rows
     monkeypatch.setattr(engine, "BLOCK_COLUMNS", 16)
 
@@ -214,25 +215,6 @@ def test_what_has_no_kernel_is_refused_with_a_remedy():
     refused("heads of one width up to 128 .* not of 8 and 4: choose 'tiled'", v=q[..., :4])
 
 
-@pytest.mark.parametrize(
-    ("bias", "dtype", "widths", "expected"),
-    [
-        (PhysicsBias(), torch.bfloat16, (64, 64), "triton"),
-        (PhysicsBias(), torch.float32, (), "triton"),
-        (PhysicsBias(), torch.float64, (64, 64), "tiled"),
-        (PhysicsBias(), torch.bfloat16, (64, 32), "tiled"),
-        (PhysicsBias(), torch.bfloat16, (256, 256), "tiled"),
-        (RelativePositionBias3D(4), torch.float16, (96, 96), "triton"),
-        (RelativePositionBias3D(4, coords="physical"), torch.float16, (96, 96), "tiled"),
-        (AdaptiveBias(), torch.bfloat16, (64, 64), "tiled"),
-    ],
-)
-def test_auto_takes_it_on_a_gpu_where_it_has_kernels(bias, dtype, widths, expected):
-    for device, engine_there in (("cuda", expected), ("cpu", "tiled")):
-        chosen = choose_engine("auto", bias, tokens=8192, device=device, dtype=dtype, head_widths=widths)
-        assert chosen == engine_there
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="is about a machine without a GPU")
 def test_without_a_gpu_it_says_so_and_the_package_loads_no_kernel():
     program = """
@@ -250,7 +232,6 @@ def test_without_triton_it_says_so(monkeypatch):
     q = torch.zeros(1, 1, 4, 8)
     with pytest.raises(InputError, match="needs the package triton, which is missing: choose 'tiled'"):
         biased_attention(q, q, q, PhysicsBias(wind=False), (torch.zeros(1, 4),), engine="triton")
-    assert not engine.supports(PhysicsBias(), torch.float32)
 
 
 def test_every_kernel_compiles_for_gpus_without_spilling_registers():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from climax_elevation.data.format import RunningStatistics, save_npy, save_npz
+from climax_elevation.data.format import RunningStatistics
+from climax_elevation.files import save_npy, save_npz
 
 VARIABLES = ["orography", "2m_temperature", "10m_u_component_of_wind", "10m_v_component_of_wind"]
 TARGETS = ["2m_temperature", "10m_u_component_of_wind"]

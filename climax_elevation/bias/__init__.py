@@ -3,13 +3,13 @@
 from climax_elevation.bias.adaptive import AdaptiveBias
 from climax_elevation.bias.advection import AdvectionBias
 from climax_elevation.bias.base import ElevationBias
+from climax_elevation.bias.build import SumBias, build_bias
 from climax_elevation.bias.multiplicative import MultiplicativeBias
 from climax_elevation.bias.physics import PhysicsBias
 from climax_elevation.bias.relative_2d import RelativePositionBias2D
 from climax_elevation.bias.relative_3d import RelativePositionBias3D, compute_patch_coords_3d
 from climax_elevation.bias.ridge import RidgeBias
 from climax_elevation.bias.topoflow import TopoFlowBias
-from climax_elevation.bias.total import SumBias, build_bias
 
 __all__ = [
     "AdaptiveBias",

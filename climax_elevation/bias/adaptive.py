@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from climax_elevation.bias.base import ElevationBias, Tensors
 from climax_elevation.bias.physics import check_elevation, check_speed
+from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import finite, positive
-from climax_elevation.registry import register_bias
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 BARRIER = 0.5  # logits per height_scale_m of rise, before the scale
 WIND_SHARE = 0.3  # of the barrier, removed by strong wind

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from climax_elevation.bias.base import ElevationBias, Tensors
+from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import positive
 from climax_elevation.errors import InputError
-from climax_elevation.registry import register_bias
-from climax_elevation.sphere import EARTH_RADIUS_M, check_latitudes, east_and_north, unit_vectors
+from climax_elevation.terrain.sphere import EARTH_RADIUS_M, checked_latitudes, east_and_north, unit_vectors
 from climax_elevation.transforms import readable
+from climax_elevation.watch import judge, judged
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 SECONDS_AN_HOUR = 3600.0
 QUARTER = 0.25  # of the grid's longer side: the widest kernel at the start
@@ -69,27 +70,28 @@ class AdvectionBias(ElevationBias):
         self.patch_rad: Tensor
         self.register_buffer("patch_rad", torch.tensor(math.nan))
         self.needs = frozenset({"u", "v", "lead_hours"})
+        self._knows_its_grid = False  # looked for once: on a GPU a look at `patch_rad` waits
 
     def prepare(self, terrain: Terrain, cache_dir: Path | None = None) -> None:
         """Take the angle between patches, unless a checkpoint brought that of its own grid."""
         terrain.require(self.needs | _place(terrain), "the advection bias")
         if bool(self.patch_rad.isnan()):
             self.patch_rad.fill_(_patch_angle(terrain))
+        self._knows_its_grid = True
 
     def inputs(self, terrain: Terrain) -> Tensors:
         """X and the travel w t / R of each patch, in Earth radii: `[1, L, 3]` and `[B, L, 3]`; 2 on a plane."""
         terrain.require(self.needs | _place(terrain), "the advection bias")
-        if readable(self.patch_rad) and bool(self.patch_rad.isnan()):
+        if not self._knows_its_grid and readable(self.patch_rad):
             self.prepare(terrain)
         wind = torch.stack([terrain.u, terrain.v], dim=-1).double()  # type: ignore[list-item]
         radii_per_m_s = terrain.lead_hours.double() * (SECONDS_AN_HOUR / EARTH_RADIUS_M)  # type: ignore[union-attr]
         travel = wind * radii_per_m_s[:, None, None]
-        _check_travel(travel)
+        travel = judged(travel, travel.norm(dim=-1).max()[None], _check_travel)
         if terrain.spacing_m is not None:
             places = torch.stack([terrain.columns, terrain.rows], dim=-1).double()
             return places[None] * (terrain.spacing_m / EARTH_RADIUS_M), travel
-        lat, lon = terrain.lat.double(), terrain.lon.double()  # type: ignore[union-attr]
-        check_latitudes(lat)
+        lat, lon = checked_latitudes(terrain.lat.double(), terrain.lat), terrain.lon.double()  # type: ignore[union-attr, arg-type]
         east, north = east_and_north(lat, lon)
         return unit_vectors(lat, lon)[None], travel[..., :1] * east + travel[..., 1:] * north
 
@@ -108,7 +110,7 @@ class AdvectionBias(ElevationBias):
                 "position and travel are [batch or 1, tokens, 3], or 2 on a plane, not "
                 f"{list(position.shape)} and {list(travel.shape)}"
             )
-        if readable(self.patch_rad) and bool(self.patch_rad.isnan()):
+        if not self._knows_its_grid and readable(self.patch_rad) and bool(self.patch_rad.isnan()):
             raise InputError("the advection bias does not know its grid yet: call prepare(terrain) first")
         # in float64 and from the tokens' centre, lest float32 round away what tells neighbours apart
         position, travel = position.double(), travel.double()
@@ -159,10 +161,9 @@ def _patch_angle(terrain: Terrain) -> float:
     return 2 * float(torch.asin(chords.median() / 2))
 
 
-def _check_travel(travel: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
-    farthest = float(travel.norm(dim=-1).max())
+@judge
+def _check_travel(numbers: list[float]) -> None:
+    (farthest,) = numbers
     if not farthest <= math.pi:
         raise InputError(
             f"wind times lead time reaches {farthest * EARTH_RADIUS_M / 1e3:.0f} km, past half way around the Earth "

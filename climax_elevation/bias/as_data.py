@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from climax_elevation.bias.base import ElevationBias
-from climax_elevation.bias.total import SumBias
+from climax_elevation.bias.build import SumBias
+from climax_elevation.bias.registry import bias_class
 from climax_elevation.errors import InputError
-from climax_elevation.registry import bias_class
 
 SUM = "+"
 

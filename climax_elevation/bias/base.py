@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from climax_elevation.errors import InputError
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 Tensors: TypeAlias = tuple[Any, ...]
 """Tensors, in tuples that may be nested: a sum of biases has a tuple a part."""

@@ -10,11 +10,11 @@ from torch.nn.functional import logsigmoid
 
 from climax_elevation.bias.base import ElevationBias, Tensors
 from climax_elevation.bias.physics import check_elevation
+from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import finite, positive
-from climax_elevation.registry import register_bias
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 
 @register_bias("multiplicative")

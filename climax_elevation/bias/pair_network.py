@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from climax_elevation import compiled
+from climax_elevation.compiled.slices import slices
+from climax_elevation.compiled.threads import at_once, shares
 from climax_elevation.errors import InputError
-from climax_elevation.slices import slices
-from climax_elevation.threads import at_once, shares
 from climax_elevation.transforms import each_in_turn
 
 HIDDEN_HELD = 1 << 19  # numbers of the hidden layer that are held, without compiled loops: 2 MB
@@ -82,7 +82,11 @@ class _PairNetworkBackward(torch.autograd.Function):  # of which there is no der
         return each_in_turn(_PairNetworkBackward, info, in_dims, inputs)
 
 
-@torch.library.custom_op("climax_elevation::pair_network", mutates_args=())
+@torch.library.custom_op(
+    "climax_elevation::pair_network",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor weight, Tensor bias) -> Tensor",
+)
 def _forward(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return pair_values(query, key, weight, bias)
 
@@ -120,7 +124,11 @@ def pair_values(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, out: T
     return values
 
 
-@torch.library.custom_op("climax_elevation::pair_network_backward", mutates_args=())
+@torch.library.custom_op(
+    "climax_elevation::pair_network_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor weight) -> Tensor[]",
+)
 def _backward(grad: Tensor, query: Tensor, key: Tensor, weight: Tensor) -> list[Tensor]:
     return pair_gradients(grad, query, key, weight)
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from climax_elevation.errors import InputError
-from climax_elevation.sphere import shorter_turn, unit_vectors
-from climax_elevation.terrain import Terrain
+from climax_elevation.terrain.fields import Terrain
+from climax_elevation.terrain.sphere import shorter_turn, unit_vectors
 
 logger = logging.getLogger(__name__)
 

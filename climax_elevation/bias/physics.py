@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from climax_elevation import compiled
 from climax_elevation.bias.base import ElevationBias, Gradients, Pullback, Tensors
+from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import finite, one_of, positive, true_or_false
 from climax_elevation.errors import InputError
-from climax_elevation.registry import register_bias
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 PENALISED = {"key_above": (1.0, 0.0), "query_above": (-1.0, 0.0), "both": (1.0, -1.0)}
 """By direction, two factors of a rise: the larger product is what is penalised."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from climax_elevation.bias.base import ElevationBias, Tensors
+from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import count
 from climax_elevation.errors import InputError
-from climax_elevation.registry import register_bias
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 TABLE_STD = 0.02
 

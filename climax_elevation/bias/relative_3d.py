@@ -10,14 +10,15 @@ from torch import Tensor, nn
 
 from climax_elevation.bias.base import ElevationBias, Gradients, Pullback, Tensors
 from climax_elevation.bias.pair_network import pair_gradients, pair_network, pair_values
+from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import count, one_of, true_or_false
 from climax_elevation.errors import InputError
-from climax_elevation.registry import register_bias
-from climax_elevation.sphere import EARTH_RADIUS_M, check_latitudes, shorter_turn
-from climax_elevation.terrain import downsample_elevation
+from climax_elevation.terrain.fields import downsample_elevation
+from climax_elevation.terrain.plausible import check_finite
+from climax_elevation.terrain.sphere import EARTH_RADIUS_M, checked_latitudes, shorter_turn
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 COORDS = ("normalized", "physical")
 EPSILON = 1e-6  # keeps a coordinate that is the same everywhere at 0
@@ -103,8 +104,7 @@ class RelativePositionBias3D(ElevationBias):
             raise InputError(f"coordinates are [batch or 1, tokens, 3], not {list(coords.shape)}")
         coords = coords.to(self.value_dtype())
         if self.coords == "physical":
-            check_latitudes(coords[..., 1])
-            return (coords,)
+            return (checked_latitudes(coords, coords[..., 1]),)
         low, high = coords.aminmax(dim=1, keepdim=True)
         weight, bias = self._layer(0)
         linear = ((coords - low) / (high - low + EPSILON)) @ weight.T
@@ -156,7 +156,9 @@ class RelativePositionBias3D(ElevationBias):
         return f"coords={self.coords!r}, log_spaced={self.log_spaced}"
 
 
-def compute_patch_coords_3d(elevation_field: Tensor, img_size: tuple[int, int], patch_size: int) -> Tensor:
+def compute_patch_coords_3d(
+    elevation_field: Tensor, img_size: tuple[int, int] = (128, 256), patch_size: int = 2
+) -> Tensor:
     """Normalised coordinates of the patches, what `RelativePositionBias3D` and `Attention3D` take.
 
     Args:
@@ -169,8 +171,9 @@ def compute_patch_coords_3d(elevation_field: Tensor, img_size: tuple[int, int], 
         scaled to [0, 1] over the patches of its sample (0 where all are level).
 
     Raises:
-        InputError: If the field is not of img_size, or patches do not tile it.
+        InputError: If the field is not of img_size, is not finite, or patches do not tile it.
     """
+    check_finite(elevation_field, "elevation_field", "in any one unit")
     height, width = img_size
     if elevation_field.dim() != 3 or tuple(elevation_field.shape[1:]) != (height, width):
         raise InputError(f"an elevation field is [batch, {height}, {width}], not {list(elevation_field.shape)}")

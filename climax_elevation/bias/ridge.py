@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from climax_elevation.bias.base import ElevationBias, Tensors, take_tokens
 from climax_elevation.bias.paths import STEPS_A_METRE, PathExcess, path_excess
 from climax_elevation.bias.physics import DIRECTIONS, check_elevation, check_speed, penalised, wind_modulation
+from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import finite, one_of, positive, true_or_false
 from climax_elevation.errors import InputError
-from climax_elevation.registry import register_bias
+from climax_elevation.watch import judge, judged
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 FORMS = ("height", "froude")
 GROUND_MAY_MOVE_M = 1.0  # rounding of a standardised channel, and no more
@@ -103,8 +104,8 @@ class RidgeBias(ElevationBias):
         if terrain.patch_ids is not None:
             ids = terrain.patch_ids
             excess, ground = excess[ids[:, None], ids], ground[:, ids]
-        _check_ground(terrain.elevation_m, ground)
-        inputs = (terrain.elevation_m, excess[None])
+        apart = (terrain.elevation_m - ground).abs().max()
+        inputs = (judged(terrain.elevation_m, apart[None], _check_ground), excess[None])
         return (*inputs, terrain.speed) if self.wind else inputs
 
     def reordered(self, inputs: Tensors, order: Tensor) -> Tensors:
@@ -159,11 +160,10 @@ class RidgeBias(ElevationBias):
         )
 
 
-def _check_ground(elevation: Tensor, ground: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
-    apart = float((elevation - ground).abs().max())
-    if apart > GROUND_MAY_MOVE_M:
+@judge
+def _check_ground(numbers: list[float]) -> None:
+    (apart,) = numbers
+    if not apart <= GROUND_MAY_MOVE_M:
         raise InputError(
             f"the ridge bias knows the paths of another ground, up to {apart:.0f} m from this one: give one ground "
             "for all samples (elevation_file), or call prepare(terrain) for the new one"

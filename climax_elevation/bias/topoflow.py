@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from climax_elevation.bias.build import SumBias
 from climax_elevation.bias.physics import PhysicsBias
+from climax_elevation.bias.registry import register_bias
 from climax_elevation.bias.relative_2d import RelativePositionBias2D
-from climax_elevation.bias.total import SumBias
-from climax_elevation.registry import register_bias
 
 
 @register_bias("topoflow")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,8 +14,18 @@ import pandas as pd
 import torch
 
 from climax_elevation.checks import count
-from climax_elevation.compare.config import Configuration, TracerData, identity, read_configuration
-from climax_elevation.compare.inference import FEWEST_BLOCKS
+from climax_elevation.compare.config import Configuration, TracerData, Variant, identity, read_configuration
+from climax_elevation.compare.fingerprints import (
+    Record,
+    bias_files,
+    data_files,
+    difference,
+    digests,
+    examine,
+    fingerprint,
+    read_records,
+    write_records,
+)
 from climax_elevation.compare.report import report
 from climax_elevation.compare.runs import (
     RECORD,
@@ -31,23 +40,19 @@ from climax_elevation.compare.runs import (
     variant_identity,
 )
 from climax_elevation.compare.scores import PARTS, Samples, Scorer, save_samples
+from climax_elevation.compare.significance import FEWEST_BLOCKS
 from climax_elevation.compare.tables import Results, differences_table, results_table
-from climax_elevation.data.altitude import region_elevation
-from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
-from climax_elevation.experiment import DataSettings, one_thread
-from climax_elevation.tracer import floor, write_tracer_dataset
+from climax_elevation.files import alone
+from climax_elevation.testbed.altitude import region_elevation
+from climax_elevation.testbed.fit import DataSettings, one_thread
+from climax_elevation.testbed.tracer import floor, write_tracer_dataset
 from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
-RUNS, DATA, DATA_RECORD, REFERENCES, LOCK = "runs", "data", "data.json", "references.npz", ".lock"
-RESULTS, DIFFERENCES, REPORT = "results.csv", "differences.csv", "report.md"
+RUNS, DATA, DATA_RECORD, REFERENCES = "runs", "data", "data.json", "references.npz"
+RESULTS, DIFFERENCES, REPORT, FILES = "results.csv", "differences.csv", "report.md", "files.json"
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ def compare(
     devices = _devices(configuration.accelerator)
     jobs = count("--jobs", jobs) if jobs is not None else max(1, len(devices))
     climax, host = _host(configuration.host)
-    with _locked(configuration.out):
+    out = configuration.out
+    with alone(out, f"another comparison is running in {out}: wait for it, or give another --out"):
         return _compare(configuration, climax, host, devices, jobs)
 
 
@@ -106,17 +112,21 @@ def _compare(
     configuration: Configuration, climax: Source | None, host: str, devices: list[int], jobs: int
 ) -> Comparison:
     data, data_identity = _data_settings(configuration)
-    common = {
-        "data": data_identity,
-        "host": host,
-        "accelerator": "gpu" if devices else "cpu",
-        **identity(configuration),
-    }
-    tasks = _tasks(configuration, data, climax, _plain(common))
-    _check_stored(configuration.out, tasks)
+    common = {"host": host, "accelerator": "gpu" if devices else "cpu", **identity(configuration)}
+    before = read_records(configuration.out / FILES)
+    files = _examine(configuration, data, before)
+
+    def planned() -> list[Task]:
+        with_files = {"data": {**data_identity, "fingerprint": fingerprint(files["data"])}, **common}
+        return _tasks(configuration, data, climax, _plain(with_files), files["biases"])
+
+    tasks = planned()
+    _check_stored(configuration.out, tasks, before.get("data", {}), files["data"])
     to_do = [task for task in tasks if not task.done]
     _check_networks(configuration, to_do, climax)
-    _simulate(configuration, data, data_identity)
+    if _simulate(configuration, data, data_identity):
+        files = _examine(configuration, data, files)
+        to_do = tasks = planned()
     scorer = Scorer.of(data, configuration.strata, configuration.model.patch_size, configuration.training.batch_size)
     _check_blocks(configuration, scorer)
     _check_terrain(to_do, scorer, climax)
@@ -131,6 +141,7 @@ def _compare(
         jobs,
         f"{len(devices)} GPUs" if devices else "the CPU",
     )
+    write_records(configuration.out / FILES, files)
     if to_do:
         try:
             run_all(to_do, jobs, devices)
@@ -138,6 +149,7 @@ def _compare(
             finished = sum(task.done for task in tasks)
             logger.info("%d of %d runs are finished and kept; the same command goes on", finished, len(tasks))
             raise
+        _check_unchanged(files, _examine(configuration, data, files), to_do)
     return _conclude(configuration, tasks, scorer, host)
 
 
@@ -179,56 +191,47 @@ def _devices(accelerator: str) -> list[int]:
     return list(range(number))
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Keep other comparisons out of the run directory; leave none where there was none and nothing came of it."""
-    fresh = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"the run directory {out} cannot be made: {error}") from error
-    with open(out / LOCK, "w") as lock:
-        if fcntl is not None:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(
-                    f"another comparison is running in {out}: wait for it, or give another --out"
-                ) from None
-        try:
-            yield
-        finally:
-            if fresh and {entry.name for entry in out.iterdir()} == {LOCK}:
-                (out / LOCK).unlink()
-                out.rmdir()
-
-
 def _data_settings(configuration: Configuration) -> tuple[DataSettings, dict[str, Any]]:
     """The data, and what tells them from others."""
     data = configuration.data
     if isinstance(data, DataSettings):
         named = {name: value for name, value in asdict(data).items() if name != "root_dir"}
         data.module(configuration.training.batch_size)  # says what is missing
-        return data, {**named, "fingerprint": _fingerprint(Path(data.root_dir))}
+        return data, named
     hours = int(data.settings.hours(region_elevation(data.region)))
     return data.settings_in(configuration.out / DATA, hours), {"tracer": asdict(data)}
 
 
-def _fingerprint(root: Path) -> str:
-    """Of the statistics and the shards' sizes: other data under the same name have another one."""
-    digest = hashlib.sha256()
-    for name in ("normalize_mean.npz", "normalize_std.npz", "lat.npy", "lon.npy"):
-        digest.update((root / name).read_bytes())
-    for part in PARTITIONS:
-        for path in sorted((root / part).glob("*.npz")):
-            digest.update(f"{part}/{path.name} {path.stat().st_size}\n".encode())
-    return digest.hexdigest()[:16]
+def _examine(configuration: Configuration, data: DataSettings, known: dict[str, Record]) -> dict[str, Record]:
+    """What the files hold that runs depend on."""
+    of_biases: dict[str, Path] = {}
+    for variant in configuration.variants:
+        of_biases |= bias_files(variant.bias_args)
+    files = {"data": data_files(data.root_dir), "biases": of_biases}
+    return {kind: examine(paths, known.get(kind)) for kind, paths in files.items()}
+
+
+def _check_unchanged(before: dict[str, Record], now: dict[str, Record], tasks: list[Task]) -> None:
+    for kind, record in before.items():
+        found = difference(digests(record), digests(now[kind]))
+        if found:
+            folders = ", ".join(str(task.folder) for task in tasks)
+            raise InputError(f"{found} while runs were trained on it: remove them ({folders}), and train them again")
 
 
 def _tasks(
-    configuration: Configuration, data: DataSettings, climax: Source | None, common: dict[str, Any]
+    configuration: Configuration,
+    data: DataSettings,
+    climax: Source | None,
+    common: dict[str, Any],
+    files: Record,
 ) -> list[Task]:
     """Variant after variant; all seeds of each."""
+
+    def identity_of(variant: Variant) -> dict[str, Any]:
+        own = digests({name: files[name] for name in bias_files(variant.bias_args)})
+        return {**variant_identity(variant), **({"files": own} if own else {})}
+
     return [
         Task(
             folder=configuration.out / RUNS / variant.name / f"seed{seed}",
@@ -240,15 +243,15 @@ def _tasks(
             strata=configuration.strata,
             keep_best=configuration.choose_on == "val",
             climax=climax,
-            configuration={**common, "variant": _plain(variant_identity(variant)), "seed": seed},
+            configuration={**common, "variant": _plain(identity_of(variant)), "seed": seed},
         )
         for variant in configuration.variants
         for seed in configuration.seeds
     ]
 
 
-def _check_stored(out: Path, tasks: list[Task]) -> None:
-    """Every run that is there already would be the same today."""
+def _check_stored(out: Path, tasks: list[Task], before: Record, now: Record) -> None:
+    """Every run that is there already would be the same today; the data's files were `before` and are `now`."""
     wanted = {(task.variant.name, task.seed): task.configuration for task in tasks}
     variants = {task.variant.name: task.configuration["variant"] for task in tasks}
     common = {name: value for name, value in tasks[0].configuration.items() if name not in ("variant", "seed")}
@@ -260,11 +263,15 @@ def _check_stored(out: Path, tasks: list[Task]) -> None:
             "variant": variants.get(name, stored["variant"]),
             "seed": stored["seed"],
         }
-        found = _first_difference(stored, expected)
+        same_data = stored["data"].get("fingerprint") == fingerprint(before)
+        files = [(digests(before), digests(now))] if same_data else []
+        files.append((stored["variant"].get("files", {}), expected["variant"].get("files", {})))
+        changed = next(filter(None, (difference(*pair) for pair in files)), None)
+        found = changed or _first_difference(stored, expected)
         if found is not None:
             raise InputError(
-                f"{path.parent} was run with another configuration ({found}): give another --out, or remove what is "
-                "there"
+                f"{path.parent} was run with {'other data' if changed else 'another configuration'} ({found}): give "
+                "another --out, or remove what is there"
             )
 
 
@@ -334,17 +341,17 @@ def _check_blocks(configuration: Configuration, scorer: Scorer) -> None:
             )
 
 
-def _simulate(configuration: Configuration, data: DataSettings, data_identity: dict[str, Any]) -> None:
-    """Simulate the tracer, unless it is there, and note how well it could be forecast."""
+def _simulate(configuration: Configuration, data: DataSettings, data_identity: dict[str, Any]) -> bool:
+    """Simulate the tracer, unless it is there, and note how well it could be forecast; whether it was simulated."""
     tracer = configuration.data
     if not isinstance(tracer, TracerData):
-        return
+        return False
     record = configuration.out / DATA_RECORD
     if record.is_file():
         found = _first_difference(json.loads(record.read_text())["data"], _plain(data_identity))
         if found is not None:
             raise InputError(f"{data.root_dir} holds another simulation ({found}): give another --out")
-        return
+        return False
     ground = region_elevation(tracer.region)
     simulator = write_tracer_dataset(
         data.root_dir, ground, episodes=tracer.episodes, seed=tracer.seed, settings=tracer.settings, progress=True
@@ -352,6 +359,7 @@ def _simulate(configuration: Configuration, data: DataSettings, data_identity: d
     floors = {part: asdict(floor(data.root_dir, simulator, hours=data.hrs_each_step, partition=part)) for part in PARTS}
     # last of all: it says that the simulation is complete
     record.write_text(json.dumps({"data": data_identity, "floors": floors}, indent=2))
+    return True
 
 
 def _stored_floors(out: Path) -> dict[str, dict[str, float]]:

@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from climax_elevation.checks import one_of
-from climax_elevation.compare.inference import StatisticsSettings
 from climax_elevation.compare.scores import METRICS
+from climax_elevation.compare.significance import StatisticsSettings
 from climax_elevation.compare.strata import StrataSettings
-from climax_elevation.data.altitude import REGIONS
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
-from climax_elevation.experiment import DataSettings, ModelSettings, TrainingSettings
-from climax_elevation.tracer import TRACER_VARIABLES, TracerSettings
+from climax_elevation.testbed.altitude import REGIONS
+from climax_elevation.testbed.fit import DataSettings, ModelSettings, TrainingSettings
+from climax_elevation.testbed.tracer import TRACER_VARIABLES, TracerSettings
 
 HOSTS = ("auto", "climax", "stand-in")
 ACCELERATORS = ("auto", "cpu", "gpu")
@@ -47,10 +47,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class TracerData:
-    """A simulated tracer; see `climax_elevation.tracer.write_tracer_dataset`.
+    """A simulated tracer; see `climax_elevation.testbed.tracer.write_tracer_dataset`.
 
     Args:
-        region: One of `climax_elevation.data.altitude.REGIONS`.
+        region: One of `climax_elevation.testbed.altitude.REGIONS`.
         episodes: Number of episodes of "train", "val" and "test".
         seed: Of the data, the same for all runs.
         settings: How episodes are drawn and run.

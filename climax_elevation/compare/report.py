@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from climax_elevation.compare.config import Configuration, TracerData
-from climax_elevation.compare.inference import FEWEST_BLOCKS
 from climax_elevation.compare.scores import LOWER_IS_BETTER, MEAN
+from climax_elevation.compare.significance import FEWEST_BLOCKS
 from climax_elevation.compare.strata import ALL
 from climax_elevation.compare.tables import BETTER, NONE_FOUND, NOT_FINITE, ONE_SEED, WORSE, Results
 

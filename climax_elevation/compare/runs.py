@@ -33,7 +33,9 @@ from climax_elevation.compare.config import Variant
 from climax_elevation.compare.scores import PARTS, Samples, Scorer, load_samples, save_samples
 from climax_elevation.compare.strata import StrataSettings
 from climax_elevation.errors import InputError
-from climax_elevation.experiment import (
+from climax_elevation.host import StandInClimaX
+from climax_elevation.host.module import GlobalForecastModule
+from climax_elevation.testbed.fit import (
     FULL_SHUFFLE,
     DataSettings,
     Fitted,
@@ -45,8 +47,6 @@ from climax_elevation.experiment import (
     one_thread,
     quiet,
 )
-from climax_elevation.forecast import GlobalForecastModule
-from climax_elevation.host import StandInClimaX
 from climax_elevation.training import TerrainCallback
 from climax_elevation.upstream.arch import climax_class
 from climax_elevation.upstream.config import CLIMAX_CLASS, STAND_IN_CLASS

@@ -29,10 +29,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from climax_elevation.compare.strata import Strata, StrataSettings, divide
-from climax_elevation.data.format import save_npz
-from climax_elevation.data.shards import ForecastDataset, GlobalForecastDataModule, Normalize
 from climax_elevation.errors import InputError
-from climax_elevation.experiment import DataSettings
+from climax_elevation.files import PREPARE, load_npy, save_npz
+from climax_elevation.host.metrics import latitude_weights
+from climax_elevation.host.shards import ForecastDataset, GlobalForecastDataModule, Normalize
+from climax_elevation.testbed.fit import DataSettings
 
 Array = NDArray[np.floating]
 
@@ -177,14 +178,8 @@ def _places(data: GlobalForecastDataModule) -> tuple[Array, Array]:
     """Latitude and longitude, in two dimensions where the grid is projected."""
     curved = [data.root / name for name in ("lat2d.npy", "lon2d.npy")]
     if all(path.is_file() for path in curved):
-        return np.load(curved[0]), np.load(curved[1])
+        return load_npy(curved[0], PREPARE), load_npy(curved[1], PREPARE)
     return data.get_lat_lon()
-
-
-def latitude_weights(lat: Array) -> Array:
-    """cos(lat) / mean cos(lat) of the rows, `[H]`."""
-    cosine = np.cos(np.deg2rad(np.asarray(lat, dtype=np.float64)))
-    return cosine / cosine.mean()
 
 
 def _anomaly_sums(p: Tensor, t: Tensor, weights: Tensor) -> Tensor:

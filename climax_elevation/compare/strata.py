@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from climax_elevation.errors import InputError
-from climax_elevation.sphere import EARTH_RADIUS_M, shorter_turn, unit_vectors
+from climax_elevation.terrain.sphere import EARTH_RADIUS_M, shorter_turn, unit_vectors
 
 Array = NDArray[np.floating]
 Mask = NDArray[np.bool_]

@@ -35,9 +35,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from climax_elevation.compare.config import Configuration
-from climax_elevation.compare.inference import holm, paired_t, percentiles, resample
 from climax_elevation.compare.runs import Finished
 from climax_elevation.compare.scores import LOWER_IS_BETTER, MEAN, METRICS, PARTS, Samples, score
+from climax_elevation.compare.significance import holm, paired_t, percentiles, resample
 from climax_elevation.compare.strata import ALL
 
 Array = NDArray[np.floating]
@@ -58,7 +58,7 @@ class Results:
         std: Standard deviations of the targets.
         runs: By variant and seed.
         references: By part, "persistence" and "climatology".
-        floors: Of the tracer, by part; see `climax_elevation.tracer.Floor`.
+        floors: Of the tracer, by part; see `climax_elevation.testbed.tracer.Floor`.
         host: "ClimaX" or "stand-in".
     """
 

@@ -6,6 +6,7 @@ compiler everything works all the same, by torch's own operations, which take lo
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -13,9 +14,12 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = ("attention.cpp", "pair_network.cpp", "physics.cpp")
 HEADERS = ("wide.h",)
+LOOPS = ("attend", "differentiate", "pair_values", "pair_gradients", "physics_values", "physics_sums")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared")
 PROCESSORS = ("-march=native", "-mcpu=native")  # GCC's word for it, and Clang's on some processors
@@ -92,34 +97,63 @@ def load() -> ctypes.CDLL:
     """Compile the loops, unless that was done before, and load them.
 
     Raises:
-        NotCompiled: If there is no compiler, it fails, or the environment says not to.
+        NotCompiled: If there is no compiler, it fails, torch's BLAS is not found, or the environment says not to.
     """
     if os.environ.get(SWITCH) == "0":
         raise NotCompiled(f"{SWITCH} is 0: unset it to have its loops compiled")
     compiler, blas = _compiler(), _blas()
     try:
-        place = _folder() / f"loops-{_fingerprint(compiler)}.so"
-        if not place.exists():
-            _compile(compiler, place)
-        found = ctypes.CDLL(str(place))
+        found = ctypes.CDLL(str(_place(compiler)))
     except OSError as error:  # a full disk, or a folder whose programs may not be run
         raise NotCompiled(f"{error}: set XDG_CACHE_HOME to a folder for what is compiled") from error
+    lacking = [name for name in _symbols() if not hasattr(found, name)]
+    if lacking:
+        raise NotCompiled(f"{' '.join(compiler)} makes a library without {lacking[0]}; try another, as CXX")
     found.use_blas(*blas)
     return found
 
 
+def _place(compiler: list[str]) -> Path:
+    """Where the loops lie, as they were found or after they were compiled."""
+    key, folders = _fingerprint(compiler), [folder for folder in _folders() if _is_private(folder)]
+    for kept in filter(None, (_kept(folder, key) for folder in folders)):
+        return kept
+    to_write = next((folder for folder in folders if os.access(folder, os.W_OK)), None)
+    return _compile(compiler, to_write or _folder_of_this_process(), key)
+
+
+def _symbols() -> list[str]:
+    return ["use_blas", *(f"{loop}_{kind}" for loop in LOOPS for kind in TYPES.values())]
+
+
 def _blas() -> tuple[ctypes.c_void_p, ...]:
     """Where torch's own matrix products begin, of float and of double; each thread has as many threads as torch's."""
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / TORCH_LIBRARY))
+    for path in _torch_libraries():
+        try:
+            library = ctypes.CDLL(path)
+            return tuple(ctypes.cast(getattr(library, f"{letter}gemm_"), ctypes.c_void_p) for letter in "sd")
+        except (OSError, AttributeError):  # not there, or of another BLAS's names
+            continue
+    raise NotCompiled("this torch has no BLAS that can be called: install one from PyPI or conda-forge")
+
+
+def _torch_libraries() -> list[str]:
+    """Where torch's operations on CPUs may lie: in its own folder, or where this process has them from."""
     try:
-        return tuple(ctypes.cast(getattr(library, f"{letter}gemm_"), ctypes.c_void_p) for letter in "sd")
-    except AttributeError as error:
-        raise NotCompiled("this torch has no BLAS that can be called: install one from PyPI or conda-forge") from error
+        mapped = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    except OSError:
+        mapped = []
+    loaded = {line.split(maxsplit=5)[-1] for line in mapped if "/libtorch_cpu." in line}
+    return [str(Path(torch.__file__).parent / "lib" / TORCH_LIBRARY), *sorted(loaded)]
 
 
 def _compiler() -> list[str]:
     wanted = os.environ.get("CXX", "").strip()
-    for name, *arguments in (shlex.split(wanted),) if wanted else ([name] for name in COMPILERS):
+    try:
+        commands = [shlex.split(wanted)] if wanted else [[name] for name in COMPILERS]
+    except ValueError as error:
+        raise NotCompiled(f"CXX, {wanted!r}, is no command ({error}): mend or unset it") from error
+    for name, *arguments in commands:
         found = shutil.which(name)
         if found:
             return [found, *arguments]
@@ -127,27 +161,63 @@ def _compiler() -> list[str]:
     raise NotCompiled(f"no C++ compiler: {looked_for}; install GCC or Clang")
 
 
-def _folder() -> Path:
-    """A folder of caches that can be written to; the processes of a user share it."""
+def _folders() -> Iterator[Path]:
+    """Where a user's processes keep what is compiled: among caches, or else among temporary files."""
+    with suppress(RuntimeError):  # a user without a home
+        yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "climax_elevation"
+    with suppress(OSError):  # nowhere to write at all
+        yield Path(tempfile.gettempdir()) / f"climax_elevation-{_user()}"
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether this user alone can put something into a folder, since what lies there is run; makes a missing one."""
     try:
-        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "climax_elevation"
-        kept.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # the latter where a user has no home
-        return _own_folder()
-    return kept if os.access(kept, os.W_OK) else _own_folder()
+        for place in (*reversed(folder.parents), folder):
+            if not place.exists():
+                place.mkdir(mode=0o700, exist_ok=True)
+        folder = folder.resolve(strict=True)
+        for place in (folder, *folder.parents):
+            own_entries = place != folder and place.stat().st_mode & stat.S_ISVTX  # as /tmp: each has its own
+            if not _is_own(place.stat(), writable=bool(own_entries)):
+                logger.info("compiled loops are not kept in %s: other users can write to %s", folder, place)
+                return False
+    except OSError:
+        return False
+    return True
+
+
+def _is_own(status: os.stat_result, *, writable: bool = False) -> bool:
+    """Whether a file is of this user or of one who could change Python itself; and not writable by others."""
+    if not hasattr(os, "geteuid"):
+        return True
+    trusted = (_user(), 0, os.stat("/").st_uid)
+    return status.st_uid in trusted and (writable or not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _user() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else 0
 
 
 @lru_cache(maxsize=1)
-def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="climax_elevation_"))
+def _folder_of_this_process() -> Path:
+    folder = tempfile.mkdtemp(prefix="climax_elevation_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _fingerprint(compiler: list[str]) -> str:
     """Of all that the result depends on: sources, compiler, and a processor that others may share a home with."""
     here = Path(__file__).parent
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    version = _run([*compiler, "--version"]).stdout
     parts = [*((here / name).read_text() for name in (*HEADERS, *SOURCES)), *FLAGS, *compiler, version, _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise NotCompiled(f"{command[0]} cannot be run ({error.strerror}); try another compiler, as CXX") from error
 
 
 def _processor() -> str:
@@ -158,15 +228,29 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
-def _compile(compiler: list[str], place: Path) -> None:
+def _kept(folder: Path, key: str) -> Path | None:
+    """What was compiled before: a file of this user's, whose name tells that it is whole."""
+    for place in folder.glob(f"loops-{key}-*.so"):
+        status = place.lstat()
+        if stat.S_ISREG(status.st_mode) and _is_own(status) and place.name == _name(key, place.read_bytes()):
+            return place
+    return None
+
+
+def _name(key: str, content: bytes) -> str:
+    return f"loops-{key}-{hashlib.sha256(content).hexdigest()[:16]}.so"
+
+
+def _compile(compiler: list[str], folder: Path, key: str) -> Path:
     here = Path(__file__).parent
     for processor in PROCESSORS:
-        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-            made = Path(folder) / place.name
-            command = [*compiler, *FLAGS, processor, *(str(here / name) for name in SOURCES), "-o", str(made)]
-            run = subprocess.run(command, capture_output=True, text=True)
-            if run.returncode == 0:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            made = Path(temporary) / "loops.so"
+            run = _run([*compiler, *FLAGS, processor, *(str(here / name) for name in SOURCES), "-o", str(made)])
+            if run.returncode == 0 and made.is_file():
+                made.chmod(0o700)
+                place = folder / _name(key, made.read_bytes())
                 made.replace(place)  # at once: another process sees all of it or nothing
-                return
+                return place
     said = (run.stderr.strip() or f"exit status {run.returncode}").splitlines()[0]
     raise NotCompiled(f"{' '.join(compiler)} fails: {said}; try another, as CXX")

@@ -80,11 +80,11 @@ template <class T> inline T largest(Wide<T> values) {
     return joined<T, BYTES>((const T *)&values, [](auto one, auto other) { return larger(one, other); });
 }
 
-// e^x to about one unit in the last place, for x up to 88; 0 below -87.33. x = n log 2 + r, and a polynomial in r
+// e^x to about one unit in the last place; 0 below -87.33, infinite above 88.73. x = n log 2 + r, and a polynomial in r
 // (Cephes' expf).
 inline Wide<float> exponential(Wide<float> x) {
-    const auto tiny = x < -87.33f;
-    const Wide<float> within = tiny ? all(-87.33f) : x;
+    const auto tiny = x < -87.33f, huge = x > 88.0f;
+    const Wide<float> within = tiny ? all(-87.33f) : x > 89.0f ? all(89.0f) : x;
     const Wide<float> shifted = within * 1.44269504f + 12582912.0f; // the nearest integer, in the low bits
     const Wide<float> n = shifted - 12582912.0f;
     const Wide<float> r = within - n * 0.693359375f + n * 2.12194440e-4f;
@@ -95,8 +95,9 @@ inline Wide<float> exponential(Wide<float> x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    const Of<float>::bits power = ((Of<float>::bits)shifted << 23) + (127 << 23);
-    return tiny ? Wide<float>{} : y * (Wide<float>)power;
+    const Of<float>::bits power = (((Of<float>::bits)shifted + huge) << 23) + (127 << 23); // 2^128 is no number: halved
+    y = tiny ? Wide<float>{} : y * (Wide<float>)power;
+    return huge ? y + y : y;
 }
 
 inline Wide<double> exponential(Wide<double> x) {

@@ -17,12 +17,12 @@ from climax_elevation.data.names import (
     LATITUDE_NAMES,
     OROGRAPHY,
     VARIABLES,
-    Linear,
     Variable,
     conversion,
     find_variable,
 )
 from climax_elevation.errors import InputError
+from climax_elevation.terrain.units import Linear
 
 logger = logging.getLogger(__name__)
 

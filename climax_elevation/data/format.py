@@ -6,40 +6,12 @@ OUT/normalize_mean.npz, normalize_std.npz    one array (1,) a variable
 OUT/lat.npy, lon.npy                         [H] and [W], degrees
 """
 
-import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import IO
-
 import numpy as np
 from numpy.typing import NDArray
 
+from climax_elevation.files import Arrays
+
 PARTITIONS = ("train", "val", "test")
-Arrays = Mapping[str, NDArray[np.floating]]
-
-
-def save_npz(path: Path, arrays: Arrays) -> None:
-    """Write `arrays` to `path`, whole or not at all."""
-    _save(path, lambda file: np.savez(file, **dict(arrays)))  # type: ignore[arg-type]
-
-
-def save_npy(path: Path, array: NDArray[np.floating]) -> None:
-    """Write `array` to `path`, whole or not at all."""
-    _save(path, lambda file: np.save(file, array))
-
-
-def _save(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    # Written beside its folder, not in it: ClimaX reads every file of train/, val/ and test/.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent.parent / f".{path.parent.name}-{path.name}.partial"
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class RunningStatistics:

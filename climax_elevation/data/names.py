@@ -1,22 +1,15 @@
 """ClimaX's variable names, the other names files give them, and their units."""
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from climax_elevation.elevation_file import STANDARD_GRAVITY_M_S2
-from climax_elevation.errors import InputError
-
-"""Standard gravity, which turns ECMWF's geopotential (m2 s-2) into height (m)."""
+from climax_elevation.terrain import units
+from climax_elevation.terrain.units import Linear, Units
 
 CLIMAX_LEVELS_HPA = (50, 250, 500, 600, 700, 850, 925)
 """The pressure levels that ClimaX was pretrained on."""
 
 HIGHEST_GROUND_M = 9000.0
 """No ground is higher, so a larger value is not in metres (Everest: 8849 m)."""
-
-Linear = tuple[float, float]
-"""value in ClimaX's unit = factor * value + offset."""
 
 
 @dataclass(frozen=True)
@@ -33,50 +26,10 @@ class Variable:
 
     name: str
     aliases: tuple[str, ...]
-    units: Mapping[str, Linear]
+    units: Units
     valid: tuple[float, float]
     on_levels: bool = False
 
-
-def _same(*spellings: str, factor: float = 1.0, offset: float = 0.0) -> dict[str, Linear]:
-    return dict.fromkeys(spellings, (factor, offset))
-
-
-_TEMPERATURE = {
-    **_same("k", "kelvin", "degk"),
-    **_same("degc", "c", "°c", "celsius", "degreescelsius", "degreecelsius", offset=273.15),
-    **_same("degf", "f", "°f", "fahrenheit", factor=5 / 9, offset=273.15 - 32 * 5 / 9),
-}
-_SPEED = {
-    **_same("ms-1", "m/s", "mps", "meterspersecond", "metrespersecond"),
-    **_same("kmh-1", "km/h", factor=1 / 3.6),
-    **_same("kt", "kts", "kn", "knot", "knots", factor=1852 / 3600),
-}
-_PRESSURE = {
-    **_same("pa", "pascal", "pascals"),
-    **_same("hpa", "mb", "mbar", "millibar", "millibars", factor=100.0),
-    **_same("kpa", factor=1000.0),
-}
-_HEIGHT_SPELLINGS = ("m", "metre", "metres", "meter", "meters", "gpm", "geopotentialmeter")
-_GEOPOTENTIAL_SPELLINGS = ("m2s-2", "m2/s2", "jkg-1", "j/kg")
-_GEOPOTENTIAL = {
-    **_same(*_GEOPOTENTIAL_SPELLINGS),
-    **_same(*_HEIGHT_SPELLINGS, factor=STANDARD_GRAVITY_M_S2),
-}
-_HEIGHT = {
-    **_same(*_HEIGHT_SPELLINGS),
-    **_same(*_GEOPOTENTIAL_SPELLINGS, factor=1 / STANDARD_GRAVITY_M_S2),
-    **_same("km", factor=1000.0),
-    **_same("ft", "feet", factor=0.3048),
-}
-_WATER_DEPTH = {**_same("m", "metre", "metres"), **_same("mm", "kgm-2", "kg/m2", factor=0.001)}
-_ENERGY = {**_same("jm-2", "j/m2"), **_same("kjm-2", "kj/m2", factor=1000.0)}
-_PERCENT = {**_same("%", "percent"), **_same("1", "dimensionless", factor=100.0)}
-_MIXING = {**_same("kgkg-1", "kg/kg", "1", "dimensionless"), **_same("gkg-1", "g/kg", factor=0.001)}
-_FRACTION = {
-    **_same("", "1", "(0-1)", "0-1", "dimensionless", "none", "proportion", "fraction"),
-    **_same("%", "percent", factor=0.01),
-}
 
 OROGRAPHY = Variable(
     "orography",
@@ -84,30 +37,30 @@ OROGRAPHY = Variable(
         *("orog", "topography", "elevation", "surface_altitude", "hgt", "hgt_surface", "hgtsfc", "hgt_sfc"),
         *("geopotential_at_surface", "surface_geopotential", "phis", "z", "geopotential"),
     ),
-    _HEIGHT,
+    units.HEIGHT,
     # As low as the terrain contract of the model goes; the shore of the Dead Sea is at -430 m.
     (-500.0, HIGHEST_GROUND_M),
 )
-LAND_SEA_MASK = Variable("land_sea_mask", ("lsm",), _FRACTION, (-0.01, 1.01))
+LAND_SEA_MASK = Variable("land_sea_mask", ("lsm",), units.FRACTION, (-0.01, 1.01))
 LATITUDE_NAMES = ("lattitude", "lat2d")
 """Written from the coordinates, never read. ClimaX's key is really spelled so."""
 
 VARIABLES = (
     OROGRAPHY,
     LAND_SEA_MASK,
-    Variable("2m_temperature", ("t2m", "2t", "t2"), _TEMPERATURE, (100.0, 400.0)),
-    Variable("10m_u_component_of_wind", ("u10", "10u", "u10m"), _SPEED, (-250.0, 250.0)),
-    Variable("10m_v_component_of_wind", ("v10", "10v", "v10m"), _SPEED, (-250.0, 250.0)),
-    Variable("mean_sea_level_pressure", ("msl", "mslp", "prmsl"), _PRESSURE, (80e3, 120e3)),
-    Variable("surface_pressure", ("sp",), _PRESSURE, (20e3, 120e3)),
-    Variable("toa_incident_solar_radiation", ("tisr",), _ENERGY, (-1e5, 1e9)),
-    Variable("total_precipitation", ("tp",), _WATER_DEPTH, (-0.01, 100.0)),
-    Variable("geopotential", ("z",), _GEOPOTENTIAL, (-2e4, 1e6), on_levels=True),
-    Variable("u_component_of_wind", ("u",), _SPEED, (-250.0, 250.0), on_levels=True),
-    Variable("v_component_of_wind", ("v",), _SPEED, (-250.0, 250.0), on_levels=True),
-    Variable("temperature", ("t",), _TEMPERATURE, (100.0, 400.0), on_levels=True),
-    Variable("relative_humidity", ("r", "rh"), _PERCENT, (-100.0, 500.0), on_levels=True),
-    Variable("specific_humidity", ("q",), _MIXING, (-0.1, 0.5), on_levels=True),
+    Variable("2m_temperature", ("t2m", "2t", "t2"), units.TEMPERATURE, (100.0, 400.0)),
+    Variable("10m_u_component_of_wind", ("u10", "10u", "u10m"), units.SPEED, (-250.0, 250.0)),
+    Variable("10m_v_component_of_wind", ("v10", "10v", "v10m"), units.SPEED, (-250.0, 250.0)),
+    Variable("mean_sea_level_pressure", ("msl", "mslp", "prmsl"), units.PRESSURE, (80e3, 120e3)),
+    Variable("surface_pressure", ("sp",), units.PRESSURE, (20e3, 120e3)),
+    Variable("toa_incident_solar_radiation", ("tisr",), units.ENERGY, (-1e5, 1e9)),
+    Variable("total_precipitation", ("tp",), units.WATER_DEPTH, (-0.01, 100.0)),
+    Variable("geopotential", ("z",), units.GEOPOTENTIAL, (-2e4, 1e6), on_levels=True),
+    Variable("u_component_of_wind", ("u",), units.SPEED, (-250.0, 250.0), on_levels=True),
+    Variable("v_component_of_wind", ("v",), units.SPEED, (-250.0, 250.0), on_levels=True),
+    Variable("temperature", ("t",), units.TEMPERATURE, (100.0, 400.0), on_levels=True),
+    Variable("relative_humidity", ("r", "rh"), units.PERCENT, (-100.0, 500.0), on_levels=True),
+    Variable("specific_humidity", ("q",), units.MIXING, (-0.1, 0.5), on_levels=True),
 )
 
 
@@ -134,12 +87,5 @@ def conversion(variable: Variable, unit: str | None, called: str) -> Linear:
     Raises:
         InputError: If the unit is missing or not one of the variable's.
     """
-    plain = "" if unit is None else re.sub(r"[\s*^_.]", "", unit).lower()
-    if plain in variable.units:
-        return variable.units[plain]
-    known = ", ".join(repr(spelling) for spelling in variable.units if spelling)
-    came = f"its unit {unit!r} is not one of them" if plain else "it names no unit"
-    raise InputError(
-        f"{variable.name} ({called!r} in the source) must come in one of {known}, but {came}: "
-        f"state the unit with the option units, e.g. {called}={next(iter(variable.units)) or '1'}"
-    )
+    remedy = f"state the unit with the option units, e.g. {called}={next(iter(variable.units)) or '1'}"
+    return units.conversion(variable.units, unit, f"{variable.name} ({called!r} in the source)", remedy)

@@ -10,12 +10,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
-from zipfile import BadZipFile
 
 import numpy as np
 import xarray as xr
@@ -23,16 +22,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from climax_elevation.data.fields import BadDataError, Field, Fields, find_fields
-from climax_elevation.data.format import PARTITIONS, RunningStatistics, save_npy, save_npz
+from climax_elevation.data.format import PARTITIONS, RunningStatistics
 from climax_elevation.data.grid import Grid, is_global, read_grid
 from climax_elevation.data.source import fingerprint, open_source
 from climax_elevation.data.times import Shard, TimeAxis, plan_shards, read_times, split
 from climax_elevation.errors import InputError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from climax_elevation.files import alone, load_npz, save_npy, save_npz
 
 logger = logging.getLogger(__name__)
 
@@ -259,7 +254,7 @@ def _carry_out(plan: _Plan) -> Prepared:
         return _result(plan, written=0, changed=False)
     _check_space(plan)
     try:
-        with _alone(plan.out):
+        with alone(plan.out, f"another run is writing to {plan.out}: wait until it has ended"):
             # Once more: another run may have come between the first look and the lock.
             begun = _check_folder(plan.out, plan.identity)
             missing = _missing(plan)
@@ -292,29 +287,6 @@ def _is_complete(plan: _Plan) -> bool:
     return (
         begun is not None and begun.get("state") == _COMPLETE and not _missing(plan) and all(map(Path.is_file, files))
     )
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Make `out`, and keep other runs out of it as long as this one lasts, where the system can.
-
-    The lock is on the folder itself, so that nothing is left of it, whatever ends the run.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another run is writing to {out}: wait until it has ended") from None
-        except OSError as error:  # some network file systems have no locks
-            logger.info("%s cannot be locked (%s): see to it that no other run writes there", out, error.strerror)
-        yield
-    finally:
-        os.close(folder)
 
 
 def _check_space(plan: _Plan) -> None:
@@ -379,11 +351,7 @@ def _read_field(field: Field, grid: Grid, shard: Shard) -> NDArray[np.float32]:
 
 
 def _load_shard(path: Path) -> dict[str, NDArray[np.float32]]:
-    try:
-        with np.load(path) as shard:
-            return dict(shard)
-    except (ValueError, OSError, BadZipFile) as error:
-        raise InputError(f"{path} is damaged ({error}): remove it and repeat the command") from error
+    return load_npz(path, "remove it and repeat the command")
 
 
 def _write_summary(plan: _Plan, statistics: RunningStatistics) -> None:

@@ -16,14 +16,15 @@ from tqdm import tqdm
 
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves
 from climax_elevation.checks import finite, one_of
-from climax_elevation.data.shards import Normalize
 from climax_elevation.diagnostics.strength import evaluating, terrain_blocks
 from climax_elevation.errors import InputError
-from climax_elevation.metrics import lat_weighted_rmse
-from climax_elevation.reader import TerrainReader, level
+from climax_elevation.host.metrics import lat_weighted_rmse
+from climax_elevation.host.shards import Normalize
+from climax_elevation.seam import TerrainSeam
+from climax_elevation.terrain.controls import level
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 PARTS = ("val", "test")
 PERMUTATION_SEED = 0
@@ -92,7 +93,7 @@ def changed_terrain(model: nn.Module, change: Callable[[Terrain], Terrain]) -> I
 
     Copies of the biases take their place, so that what they prepare for another ground goes with them.
     """
-    reader = next(part for part in model.modules() if isinstance(part, TerrainReader))
+    reader = next(part for part in model.modules() if isinstance(part, TerrainSeam))
     with _other_biases(model, copy.deepcopy), reader.replaced(change):
         yield
 

@@ -121,8 +121,8 @@ def _classes(config: dict[str, Any], climax: Path | None) -> Iterator[tuple[type
     net = config["model"].get("net")
     host = net.get("class_path") if isinstance(net, dict) else None
     if host == STAND_IN_CLASS:
-        from climax_elevation.data.shards import GlobalForecastDataModule
-        from climax_elevation.forecast import GlobalForecastModule
+        from climax_elevation.host.module import GlobalForecastModule
+        from climax_elevation.host.shards import GlobalForecastDataModule
 
         yield GlobalForecastModule, GlobalForecastDataModule
     elif host == CLIMAX_CLASS:

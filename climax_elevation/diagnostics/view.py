@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from climax_elevation.checks import one_of
-from climax_elevation.data.shards import Normalize
 from climax_elevation.diagnostics.interventions import PARTS, forecasts
 from climax_elevation.diagnostics.run import Run
 from climax_elevation.diagnostics.strength import (
@@ -26,11 +25,12 @@ from climax_elevation.diagnostics.strength import (
     watch,
 )
 from climax_elevation.errors import InputError
-from climax_elevation.reader import TerrainReader
-from climax_elevation.sphere import EARTH_RADIUS_M, unit_vectors
+from climax_elevation.host.shards import Normalize
+from climax_elevation.terrain.reader import TerrainReader
+from climax_elevation.terrain.sphere import EARTH_RADIUS_M, unit_vectors
 
 if TYPE_CHECKING:
-    from climax_elevation.terrain import Terrain
+    from climax_elevation.terrain.fields import Terrain
 
 ROOM = 0.75  # of the distance between patches: a place farther than that from every centre is outside the grid
 

@@ -1,58 +1,28 @@
-"""Runs ClimaX's own training scripts, patched and bridged; or the stand-in host where there is no ClimaX."""
+"""Runs ClimaX's own training scripts, patched, with the bridge's command line."""
 
 from __future__ import annotations
 
 import importlib
-import logging
-import tempfile
 from functools import partial
-from pathlib import Path
 
 from climax_elevation.errors import InputError
-from climax_elevation.upstream.config import Modernized, modernize
-from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
+from climax_elevation.upstream.config import Modernized
+from climax_elevation.upstream.lightning import PretrainingCLI, TrainingCLI
+from climax_elevation.upstream.locate import Source
 from climax_elevation.upstream.overlay import importable, overlay
 
-logger = logging.getLogger(__name__)
 
-MODULES = ("global_forecast", "regional_forecast", "climate_projection", "pretrain")
-
-
-def train(module: str, climax: Path | None, arguments: list[str]) -> None:
-    """Train, and then test where upstream's script does, with terrain-aware ClimaX.
+def train_upstream(module: str, source: Source, given: Modernized) -> None:
+    """Train and, where upstream's script does, test.
 
     Args:
-        module: One of `MODULES`: which of upstream's training scripts.
-        climax: A copy of ClimaX, as `find_climax` takes it; None: the one of the environment, or the
-            stand-in host where there is none.
-        arguments: What the training script is called with: `--config FILE`, `--trainer.max_epochs=5`.
+        module: Which of upstream's training scripts.
+        source: Where ClimaX is.
+        given: What the script is called with.
 
     Raises:
-        InputError: If ClimaX is another version, a configuration is wrong, or only the stand-in host
-            is there and `module` is not "global_forecast".
+        InputError: If the script cannot be imported, or is another.
     """
-    if module not in MODULES:
-        raise InputError(f"unknown module {module!r}; available: {', '.join(MODULES)}")
-    try:
-        source = find_climax(climax)
-    except ClimaXNotFound as error:
-        if module != "global_forecast":
-            raise InputError(f"{module} needs ClimaX, the stand-in host has global_forecast alone: {error}") from None
-        source, why = None, str(error)
-    from climax_elevation.upstream.lightning import training_errors
-
-    with tempfile.TemporaryDirectory(prefix="climax-elevation-") as folder, training_errors():
-        if source is None:
-            _say("host: stand-in, which is not ClimaX (%s)", why)
-            _train_stand_in(modernize(arguments, Path(folder), stand_in=True))
-        else:
-            _say("host: ClimaX, %s (%s)", source.examination.sentence, source.origin)
-            _train_upstream(module, source, modernize(arguments, Path(folder)))
-
-
-def _train_upstream(module: str, source: Source, given: Modernized) -> None:
-    from climax_elevation.upstream.lightning import PretrainingCLI, TrainingCLI
-
     with overlay(source, patched=True) as folder, importable(folder):
         try:
             script = importlib.import_module(f"climax.{module}.train")
@@ -65,30 +35,3 @@ def _train_upstream(module: str, source: Source, given: Modernized) -> None:
         cli: type[TrainingCLI] = PretrainingCLI if module == "pretrain" else TrainingCLI
         setattr(script, called[0], partial(cli, arguments=given.arguments, resume=given.resume))
         script.main()
-
-
-def _train_stand_in(given: Modernized) -> None:
-    from climax_elevation.data.shards import GlobalForecastDataModule
-    from climax_elevation.forecast import GlobalForecastModule
-    from climax_elevation.upstream.lightning import TrainingCLI
-
-    cli = TrainingCLI(
-        arguments=given.arguments,
-        resume=given.resume,
-        model_class=GlobalForecastModule,
-        datamodule_class=GlobalForecastDataModule,
-        seed_everything_default=42,
-        save_config_kwargs={"overwrite": True},
-        run=False,
-        parser_kwargs={"parser_mode": "omegaconf"},
-    )
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path="best")
-
-
-def _say(message: str, *values: object) -> None:
-    """Log once, not once a process."""
-    from pytorch_lightning.utilities import rank_zero_only
-
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        logger.info(message, *values)

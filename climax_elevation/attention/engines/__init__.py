@@ -1,0 +1,1 @@
+"""One engine a module, as ENGINE; the module's name is the engine's."""

@@ -1,0 +1,1 @@
+"""Pictures of biases, attention and errors."""

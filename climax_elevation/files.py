@@ -1,0 +1,167 @@
+"""Files of numbers: written whole or not at all, and read, or named in a sentence."""
+
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from climax_elevation.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+PREPARE = "prepare data into its folder, or mend data.root_dir"
+Arrays = Mapping[str, NDArray[np.floating]]
+
+
+def save_npz(path: Path, arrays: Arrays) -> None:
+    """Write `arrays` to `path`, whole or not at all."""
+    _save(path, lambda file: np.savez(file, **dict(arrays)))  # type: ignore[arg-type]
+
+
+def save_npy(path: Path, array: NDArray[np.floating]) -> None:
+    """Write `array` to `path`, whole or not at all."""
+    _save(path, lambda file: np.save(file, array))
+
+
+def load_npz(path: Path, remedy: str, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of a file.
+
+    Args:
+        path: A .npz file.
+        remedy: What to do where it cannot be read.
+        names: Those that are wanted, if they are there; None: all.
+
+    Raises:
+        InputError: If it is missing or damaged, no .npz file, or holds what is no number.
+    """
+    with reading(path, remedy):
+        found = np.load(_existing(path, remedy))
+        if isinstance(found, np.ndarray):
+            raise ValueError("one array without a name")
+        with found as archive:
+            wanted = archive.files if names is None else [name for name in names if name in archive.files]
+            return {name: _numbers(archive[name]) for name in wanted}
+
+
+def load_npy(path: Path, remedy: str) -> NDArray[Any]:
+    """The array of a file; arguments and errors as `load_npz` has them."""
+    with reading(path, remedy):
+        found = np.load(_existing(path, remedy))
+        if not isinstance(found, np.ndarray):
+            raise ValueError("an archive of arrays")
+        return _numbers(found)
+
+
+def check_finite(arrays: Mapping[str, NDArray[Any]], path: Path, remedy: str) -> None:
+    """Raise InputError unless all numbers are finite."""
+    for name, values in arrays.items():
+        if not np.isfinite(values).all():
+            raise InputError(f"{path} has values of {name!r} that are not finite: {remedy}")
+
+
+def check_degrees(lat: NDArray[Any], lon: NDArray[Any], source: str | Path) -> None:
+    """Raise InputError unless they are latitudes and longitudes."""
+    for name, values in (("latitudes", lat), ("longitudes", lon)):
+        if values.ndim == 0 or values.size == 0 or not np.isfinite(values).all():
+            raise InputError(f"{name} from {source} are finite numbers, not {_shown(values)}: {PREPARE}")
+    if not (np.abs(lat) <= 90).all():
+        raise InputError(f"latitudes from {source} are within [-90, 90] degrees, not {lat.min():g} to {lat.max():g}")
+
+
+def _shown(values: NDArray[Any]) -> str:
+    bad = values[~np.isfinite(values)] if values.size else values
+    return f"{bad.flat[0]}" if bad.size else f"of shape {list(values.shape)}"
+
+
+def _existing(path: Path, remedy: str) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path} is missing: {remedy}")
+    return path
+
+
+def _numbers(values: NDArray[Any]) -> NDArray[Any]:
+    if values.dtype.kind not in "fiub":
+        raise ValueError(f"it holds no numbers, but {values.dtype}")
+    return values
+
+
+@contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Makes one sentence of whatever numpy and its archives raise."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, TypeError, SyntaxError, BadZipFile, zlib.error) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} is damaged ({said}): {remedy}") from error
+
+
+def _save(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    # Written beside its folder, not in it: ClimaX reads every file of train/, val/ and test/.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent.parent / f".{path.parent.name}-{path.name}.partial"
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path, taken: str) -> Iterator[None]:
+    """Make a folder, and keep other runs out of it as long as this one lasts, where the system can.
+
+    The lock is on the folder itself, so that nothing is left of it, whatever ends the run.
+
+    Args:
+        folder: Where this run writes; one that it made, and left empty, goes again.
+        taken: What to say where another run is there.
+
+    Raises:
+        InputError: If it cannot be made, or another run is there.
+    """
+    fresh = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be made ({error.strerror}): name another") from error
+    with _locked(folder, taken):
+        try:
+            yield
+        finally:
+            if fresh and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, taken: str) -> Iterator[None]:
+    if fcntl is None:
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(taken) from None
+        except OSError as error:  # some network file systems have no locks
+            logger.info("%s cannot be locked (%s): see to it that no other run writes there", folder, error.strerror)
+        yield
+    finally:
+        os.close(held)

@@ -1,0 +1,366 @@
+"""Reads ClimaX's shards for global forecasting; see `climax_elevation.data.format` for what they are."""
+
+from __future__ import annotations
+
+import logging
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from climax_elevation.data.format import PARTITIONS
+from climax_elevation.errors import InputError
+from climax_elevation.files import PREPARE, check_degrees, check_finite, load_npy, load_npz, reading
+from climax_elevation.terrain.reader import HOURS_PER_LEAD_TIME
+
+logger = logging.getLogger(__name__)
+
+Sample = tuple[Tensor, Tensor, Tensor, list[str], list[str]]
+
+
+class Normalize:
+    """(x - mean) / std, a value a channel.
+
+    Args:
+        mean, std: `[V]`.
+    """
+
+    def __init__(self, mean: NDArray[np.floating], std: NDArray[np.floating]) -> None:
+        self.mean = mean
+        self.std = std
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Standardise `[..., V, H, W]`."""
+        mean, std = (torch.as_tensor(values).to(x)[:, None, None] for values in (self.mean, self.std))
+        return (x - mean) / std
+
+    def inverse(self) -> Normalize:
+        """The transform back to physical units."""
+        return Normalize(-self.mean / self.std, 1 / self.std)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of consecutive time steps.
+
+    Attributes:
+        path: Where it is.
+        steps: Number of time steps, N.
+        size: Height and width, pixels.
+    """
+
+    path: Path
+    steps: int
+    size: tuple[int, int]
+
+
+class ForecastDataset(IterableDataset[Sample]):
+    """Streams (now, later) pairs from shards, each reader its own part of them.
+
+    The pairs of all shards are one sequence, which is cut into as many equal parts as there are ranks,
+    and each of those into as many as there are workers. All ranks get equally many pairs, so that none
+    waits for another: up to `world_size - 1` pairs are left over, when shuffling other ones each epoch.
+
+    Args:
+        shards: The files; each has more steps than predict_range.
+        variables: Input channels.
+        out_variables: Target channels.
+        predict_range: Steps from input to target.
+        hours: Hours of that.
+        normalize: From physical units to the model's, for the input.
+        normalize_out: The same for the target.
+        buffer_size: Pairs among which the next is drawn; 0: shard after shard, as they are.
+        seed: With `epoch`, all that the order depends on.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        variables: list[str],
+        out_variables: list[str],
+        predict_range: int,
+        hours: float,
+        normalize: Normalize,
+        normalize_out: Normalize,
+        buffer_size: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.shards = list(shards)
+        self.variables = variables
+        self.out_variables = out_variables
+        self.predict_range = predict_range
+        self.lead_time = torch.tensor(hours / HOURS_PER_LEAD_TIME, dtype=torch.float32)
+        self.normalize = normalize
+        self.normalize_out = normalize_out
+        self.buffer_size = buffer_size
+        self.seed = seed
+        self.epoch = 0
+        self.rank, self.world_size = 0, 1
+
+    def total(self) -> int:
+        """Number of pairs in all shards."""
+        return sum(shard.steps - self.predict_range for shard in self.shards)
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        start, stop = self._part(index, workers)
+        if not self.buffer_size:
+            return self._read(self.shards, start, stop)
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.shards))
+        own = np.random.default_rng([self.seed, self.epoch, self.rank * workers + index])
+        return _shuffled(self._read([self.shards[i] for i in order], start, stop), self.buffer_size, own)
+
+    def _part(self, worker: int, workers: int) -> tuple[int, int]:
+        """First pair and end of this reader's part."""
+        share = self.total() // self.world_size
+        first = self.rank * share
+        return first + worker * share // workers, first + (worker + 1) * share // workers
+
+    def _read(self, shards: Sequence[Shard], start: int, stop: int) -> Iterator[Sample]:
+        """Pairs number `start` to `stop` of the sequence of all."""
+        first = 0
+        for shard in shards:
+            pairs = shard.steps - self.predict_range
+            begin, end = max(start - first, 0), min(stop - first, pairs)
+            if begin < end:
+                yield from self._read_shard(shard, begin, end)
+            first += pairs
+
+    def _read_shard(self, shard: Shard, begin: int, end: int) -> Iterator[Sample]:
+        names = dict.fromkeys([*self.variables, *self.out_variables])
+        arrays = load_npz(shard.path, "prepare it again", names)
+        fields = {name: torch.from_numpy(values.astype(np.float32, copy=False)) for name, values in arrays.items()}
+        for i in range(begin, end):
+            x = torch.cat([fields[name][i] for name in self.variables])
+            y = torch.cat([fields[name][i + self.predict_range] for name in self.out_variables])
+            yield self.normalize(x), self.normalize_out(y), self.lead_time, self.variables, self.out_variables
+
+
+class GlobalForecastDataModule(LightningDataModule):
+    """ClimaX's data module for global forecasting, with its constructor's names.
+
+    Batches are (x, y, lead_times, variables, out_variables): x `[B, V, H, W]` and y `[B, Vo, H, W]`
+    standardised by the folder's statistics, lead_times `[B]` in hundreds of hours. Training pairs come in
+    an order that depends on the seed (of `seed_everything`; 0 without) and on how many epochs were begun,
+    which a checkpoint keeps: a resumed run reads on as an uninterrupted one would. Any number of
+    workers and ranks reads every pair once, but for what `ForecastDataset` says.
+
+    Args:
+        root_dir: Folder of shards, statistics, latitudes and longitudes.
+        variables: Input channels.
+        buffer_size: Pairs among which the next training pair is drawn.
+        out_variables: Target channels; None: the input's.
+        predict_range: Steps from input to target.
+        hrs_each_step: Hours of a step.
+        batch_size: Pairs a batch.
+        num_workers: Processes that read; 0: none but the main one.
+        pin_memory: Whether batches are copied to page-locked memory.
+
+    Raises:
+        InputError: If a number is out of range; if a file or variable is missing; if a part has no shard,
+            or a shard is damaged, of another size, or not longer than predict_range.
+
+    Attributes:
+        transforms, output_transforms: `Normalize` of input and target.
+        val_clim, test_clim: Climatologies of the target, `[Vo, H, W]`.
+    """
+
+    def __init__(
+        self,
+        root_dir: str,
+        variables: list[str],
+        buffer_size: int,
+        out_variables: list[str] | str | None = None,
+        predict_range: int = 6,
+        hrs_each_step: int = 1,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        for name in ("buffer_size", "predict_range", "hrs_each_step", "batch_size"):
+            if self.hparams[name] < 1:
+                raise InputError(f"data.{name} is 1 or more, not {self.hparams[name]}")
+        self.root = Path(root_dir)
+        self.variables = list(variables)
+        self.out_variables = [out_variables] if isinstance(out_variables, str) else list(out_variables or variables)
+        needed = list(dict.fromkeys([*self.variables, *self.out_variables]))
+        self.transforms = self._normalize(self.variables)
+        self.output_transforms = self._normalize(self.out_variables)
+        self.shards = {part: _find_shards(self.root / part, needed, predict_range) for part in PARTITIONS}
+        _check_sizes(self.root, self.shards, *self.get_lat_lon())
+        self.val_clim = self._climatology("val")
+        self.test_clim = self._climatology("test")
+        self.data_train = self._dataset("train", buffer_size)
+        self.data_val = self._dataset("val")
+        self.data_test = self._dataset("test")
+
+    def get_lat_lon(self) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+        """Latitudes of the rows and longitudes of the columns, degrees."""
+        lat, lon = (load_npy(self.root / name, PREPARE) for name in ("lat.npy", "lon.npy"))
+        check_degrees(lat, lon, self.root)
+        return lat, lon
+
+    def train_dataloader(self) -> DataLoader:
+        """Training pairs, in another order each time it is iterated."""
+        return self._loader(self.data_train, _NewOrderEachTime)
+
+    def val_dataloader(self) -> DataLoader:
+        """Validation pairs, shard after shard."""
+        return self._loader(self.data_val)
+
+    def test_dataloader(self) -> DataLoader:
+        """Test pairs, shard after shard."""
+        return self._loader(self.data_test)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps: how many epochs of training were begun."""
+        return {"epochs_begun": self.data_train.epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the epochs that a checkpoint's run had begun."""
+        self.data_train.epoch = state_dict["epochs_begun"]
+
+    def _normalize(self, variables: Sequence[str]) -> Normalize:
+        mean = _load_variables(self.root / "normalize_mean.npz", variables)
+        std = _load_variables(self.root / "normalize_std.npz", variables)
+        for name, value in zip(variables, std, strict=True):
+            if not (value > 0).all():
+                raise InputError(
+                    f"{self.root / 'normalize_std.npz'} has a standard deviation of {name!r} that is not above 0: "
+                    f"{PREPARE}"
+                )
+        if "total_precipitation" in variables:
+            # ClimaX scales precipitation only, so that none stays none
+            mean[list(variables).index("total_precipitation")] = 0.0
+        return Normalize(mean, std)
+
+    def _climatology(self, part: str) -> Tensor:
+        return torch.from_numpy(_load_variables(self.root / part / "climatology.npz", self.out_variables))
+
+    def _dataset(self, part: str, buffer_size: int = 0) -> ForecastDataset:
+        return ForecastDataset(
+            self.shards[part],
+            self.variables,
+            self.out_variables,
+            self.hparams["predict_range"],
+            self.hparams["predict_range"] * self.hparams["hrs_each_step"],
+            self.transforms,
+            self.output_transforms,
+            buffer_size,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        )
+
+    def _loader(self, dataset: ForecastDataset, kind: type[DataLoader] = DataLoader) -> DataLoader:
+        if self.trainer is not None:
+            dataset.rank, dataset.world_size = self.trainer.global_rank, self.trainer.world_size
+        total, ranks = dataset.total(), dataset.world_size
+        if total < ranks:
+            raise InputError(f"{ranks} processes cannot share {total} pairs of fields in {self.root}: use fewer")
+        if total % ranks:
+            logger.info(
+                "%d of %d pairs are left out, so that %d processes have equally many", total % ranks, total, ranks
+            )
+        return kind(
+            dataset,
+            batch_size=self.hparams["batch_size"],
+            num_workers=self.hparams["num_workers"],
+            pin_memory=self.hparams["pin_memory"],
+            collate_fn=_collate,
+        )
+
+
+class _NewOrderEachTime(DataLoader):
+    def __iter__(self) -> Any:
+        # before the workers start, which take a copy of the data set along; epoch 1 is the first
+        self.dataset.epoch += 1  # type: ignore[attr-defined]
+        return super().__iter__()
+
+
+def _collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor, list[str], list[str]]:
+    x, y, lead_times = (torch.stack([sample[i] for sample in samples]) for i in range(3))  # type: ignore[misc]
+    return x, y, lead_times, list(samples[0][3]), list(samples[0][4])
+
+
+def _shuffled(samples: Iterator[Sample], buffer_size: int, random: np.random.Generator) -> Iterator[Sample]:
+    """Draw each sample from the next `buffer_size` that are still to come."""
+    buffer: list[Sample] = []
+    for sample in samples:
+        if len(buffer) < buffer_size:
+            buffer.append(sample)
+            continue
+        drawn = int(random.integers(buffer_size))
+        yield buffer[drawn]
+        buffer[drawn] = sample
+    for drawn in random.permutation(len(buffer)):
+        yield buffer[drawn]
+
+
+def _find_shards(folder: Path, needed: Sequence[str], predict_range: int) -> list[Shard]:
+    paths = sorted(path for path in folder.glob("*.npz") if "climatology" not in path.name)
+    if not paths:
+        raise InputError(f"{folder} has no shard (*.npz): prepare data into {folder.parent}, or mend data.root_dir")
+    shards = [_inspect(path, needed) for path in paths]
+    for shard in shards:
+        if shard.steps <= predict_range:
+            raise InputError(
+                f"{shard.path} has {shard.steps} time steps, and predict_range {predict_range} needs more: make "
+                "larger shards, or lower data.predict_range"
+            )
+    return shards
+
+
+def _inspect(path: Path, needed: Sequence[str]) -> Shard:
+    """Read what a shard holds from its headers alone."""
+    with reading(path, "prepare it again"), zipfile.ZipFile(path) as archive:
+        _check_variables(path, [name.removesuffix(".npy") for name in archive.namelist()], needed)
+        shapes = {name: _shape(archive, name) for name in needed}
+    shape = shapes[needed[0]]
+    if len(shape) != 4 or shape[1] != 1 or any(other != shape for other in shapes.values()):
+        raise InputError(f"{path} has arrays [time, 1, height, width] of one size, not {shapes}")
+    return Shard(path, shape[0], (shape[2], shape[3]))
+
+
+def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    with archive.open(f"{name}.npy") as file:
+        major = np.lib.format.read_magic(file)[0]
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        return read(file)[0]
+
+
+def _check_sizes(root: Path, shards: dict[str, list[Shard]], lat: NDArray[Any], lon: NDArray[Any]) -> None:
+    size = (len(lat), len(lon))
+    for shard in (shard for part in shards.values() for shard in part):
+        if shard.size != size:
+            raise InputError(
+                f"{root} has {size[0]} latitudes and {size[1]} longitudes, and {shard.path} has fields of "
+                f"{shard.size[0]} x {shard.size[1]}: prepare all of it from one grid"
+            )
+
+
+def _load_variables(path: Path, variables: Sequence[str]) -> NDArray[Any]:
+    arrays = load_npz(path, PREPARE)
+    _check_variables(path, list(arrays), variables)
+    wanted = {name: arrays[name] for name in variables}
+    check_finite(wanted, path, PREPARE)
+    try:
+        return np.concatenate([wanted[name] for name in variables])
+    except ValueError as error:
+        raise InputError(f"{path} has variables of several shapes ({error}): {PREPARE}") from error
+
+
+def _check_variables(path: Path, present: Sequence[str], needed: Sequence[str]) -> None:
+    missing = [name for name in needed if name not in present]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")

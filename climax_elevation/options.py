@@ -1,0 +1,109 @@
+"""How a terrain bias is attached: the arguments of `attach`, `bias_args` of a configuration, told in one place."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from climax_elevation.attention import ENGINES, check_engine
+from climax_elevation.checks import one_of, positive
+from climax_elevation.errors import InputError
+from climax_elevation.terrain.controls import CONTROLS
+from climax_elevation.terrain.order import PATCH_ORDERS
+
+HIGHEST_SEED = 2**32 - 1
+
+
+def _option(default: Any, of_type: str, unit: str, text: str) -> Any:
+    return field(default=default, metadata={"type": of_type, "unit": unit, "help": text})
+
+
+@dataclass(frozen=True)
+class AttachOptions:
+    """What `attach` takes for every bias. Each field knows its type, its unit and what it is for.
+
+    Raises:
+        InputError: If a value is not of its kind or out of its range.
+    """
+
+    blocks: Sequence[int] | str = _option(
+        (0,), 'list or "all"', "", "blocks whose attention is biased, each with its own parameters"
+    )
+    elevation_variable: str = _option("orography", "str", "", "channel that holds the orography")
+    wind_variables: Sequence[str] = _option(
+        ("10m_u_component_of_wind", "10m_v_component_of_wind"),
+        "two names",
+        "",
+        "channels that hold eastward and northward wind; read if the bias needs wind",
+    )
+    elevation_file: str | None = _option(
+        None, "path", "m", "static field (.nc, .npz, .npy) instead of the channel; a finer one is averaged by area"
+    )
+    stats_dir: str | None = _option(
+        None,
+        "path",
+        "",
+        "folder with normalize_mean.npz, normalize_std.npz, lat.npy, lon.npy; a data module's statistics come "
+        "through climax_elevation.training.TerrainCallback instead",
+    )
+    engine: str = _option("auto", "|".join(("auto", *ENGINES)), "", "how attention is computed")
+    static_terrain: bool = _option(
+        False, "bool", "", "the channel is the same for all samples, which is checked: one bias serves a batch"
+    )
+    terrain_is_flat: bool = _option(
+        False, "bool", "", "all ground lies within 10 m of zero, and that is meant: it is no standardised channel"
+    )
+    grid_spacing_m: float | None = _option(
+        None,
+        "float",
+        "m",
+        "distance between pixels of a plane grid, where advection has no latitudes; rows go from south to north",
+    )
+    patch_order: str = _option(
+        "raster",
+        "|".join(PATCH_ORDERS),
+        "",
+        "order of the tokens in biased blocks; wind, upwind patches first, changes nothing but rounding",
+    )
+    control: str = _option(
+        "none",
+        "|".join(CONTROLS),
+        "",
+        "what biases see in the place of the ground, to tell what terrain does from what else a bias does: 0 m "
+        "everywhere, east and west exchanged, or the heights of the patches shuffled",
+    )
+    control_seed: int = _option(0, "int", "", "by which control: permuted shuffles")
+
+    def __post_init__(self) -> None:
+        check_engine(self.engine)
+        one_of("patch_order", self.patch_order, PATCH_ORDERS)
+        one_of("control", self.control, CONTROLS)
+        if self.grid_spacing_m is not None:
+            positive("grid_spacing_m", self.grid_spacing_m, "metres")
+        seed = self.control_seed
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= HIGHEST_SEED:
+            raise InputError(f"control_seed is a whole number from 0 to {HIGHEST_SEED}, not {seed!r}")
+        if isinstance(self.wind_variables, str) or len(self.wind_variables) != 2:
+            raise InputError(
+                f"wind_variables names two channels, eastward and northward wind, not {self.wind_variables!r}"
+            )
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Of all options."""
+        return tuple(option.name for option in fields(cls))
+
+    @classmethod
+    def described(cls) -> str:
+        """The lines of a docstring about them."""
+        texts = [f"{option.name}: {_sentence(option.metadata)}" for option in fields(cls)]
+        margins = " " * 8, " " * 12
+        filled = [textwrap.fill(text, 116, initial_indent=margins[0], subsequent_indent=margins[1]) for text in texts]
+        return "".join(f"{text}\n" for text in filled)
+
+
+def _sentence(metadata: Any) -> str:
+    unit = f", {metadata['unit']}" if metadata["unit"] else ""
+    return f"{metadata['help'][0].upper()}{metadata['help'][1:]} ({metadata['type']}{unit})."

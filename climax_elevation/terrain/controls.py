@@ -1,0 +1,49 @@
+"""What biases may see in the place of the ground, to tell what terrain does from what else a bias does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from climax_elevation.terrain.fields import Terrain
+
+CONTROLS = ("none", "flat", "mirrored", "permuted")
+
+
+def level(terrain: Terrain) -> Terrain:
+    """All ground at 0 m."""
+    return replace(terrain, elevation_m=torch.zeros_like(terrain.elevation_m))
+
+
+def mirrored(terrain: Terrain) -> Terrain:
+    """East and west exchanged: relief of the same kind, in the wrong places."""
+    fields = terrain.elevation_m.unflatten(1, terrain.grid)
+    return replace(terrain, elevation_m=fields.flip(2).flatten(1))
+
+
+def permuted(terrain: Terrain, order: Tensor) -> Terrain:
+    """The heights of the patches shuffled: the same heights, without their relief."""
+    return replace(terrain, elevation_m=terrain.elevation_m[:, order])
+
+
+def shuffled(count: int, seed: int) -> Tensor:
+    """An order of `count` patches, the same on any machine."""
+    return torch.from_numpy(np.random.RandomState(seed).permutation(count))  # whose numbers NumPy promises to keep
+
+
+def controlled(terrain: Terrain, control: str, order: Tensor) -> Terrain:
+    """What biases see of a whole grid's terrain.
+
+    Args:
+        terrain: As it is.
+        control: One of `CONTROLS`.
+        order: Of the patches, for "permuted".
+    """
+    if control == "flat":
+        return level(terrain)
+    if control == "mirrored":
+        return mirrored(terrain)
+    return permuted(terrain, order) if control == "permuted" else terrain

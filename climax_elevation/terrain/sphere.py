@@ -1,0 +1,51 @@
+"""Places and directions on the Earth, taken as a sphere."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from climax_elevation.errors import InputError
+from climax_elevation.watch import judge, judged
+
+EARTH_RADIUS_M = 6.371e6
+
+
+def checked_latitudes(values: Tensor, lat: Tensor) -> Tensor:
+    """`values`, which hold `lat`; InputError unless all of that is within [-90, 90] degrees."""
+    return judged(values, torch.stack(lat.aminmax()), _check_latitudes)
+
+
+@judge
+def _check_latitudes(numbers: list[float]) -> None:
+    low, high = numbers
+    if not -90 <= low <= high <= 90:
+        raise InputError(
+            f"latitudes are degrees within [-90, 90], not {low:g} to {high:g}: are latitude and longitude exchanged?"
+        )
+
+
+def shorter_turn(degrees: Tensor) -> Tensor:
+    """A difference of longitudes the shorter way around, in [-180, 180)."""
+    return torch.remainder(degrees + 180, 360) - 180
+
+
+def unit_vectors(lat: Tensor, lon: Tensor) -> Tensor:
+    """Places as vectors of length 1 from the Earth's centre: x to (0 N, 0 E), y to (0 N, 90 E), z to the pole.
+
+    Args:
+        lat, lon: Degrees, `[...]`.
+
+    Returns:
+        `[..., 3]`.
+    """
+    phi, lam = torch.deg2rad(lat), torch.deg2rad(lon)
+    return torch.stack([phi.cos() * lam.cos(), phi.cos() * lam.sin(), phi.sin()], dim=-1)
+
+
+def east_and_north(lat: Tensor, lon: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors of the local east and north, `[..., 3]` each; at a pole as `lon` has them."""
+    phi, lam = torch.deg2rad(lat), torch.deg2rad(lon)
+    east = torch.stack([-lam.sin(), lam.cos(), torch.zeros_like(lam)], dim=-1)
+    north = torch.stack([-phi.sin() * lam.cos(), -phi.sin() * lam.sin(), phi.cos()], dim=-1)
+    return east, north

@@ -1,0 +1,79 @@
+"""Training: the one place that chooses between ClimaX and the host that stands in for it."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from climax_elevation.errors import InputError
+
+if TYPE_CHECKING:
+    from climax_elevation.upstream.config import Modernized
+
+logger = logging.getLogger(__name__)
+
+MODULES = ("global_forecast", "regional_forecast", "climate_projection", "pretrain")
+
+
+def train(module: str, climax: Path | None, arguments: list[str]) -> None:
+    """Train, and then test where upstream's script does, with terrain-aware ClimaX.
+
+    Args:
+        module: One of `MODULES`: which of upstream's training scripts.
+        climax: A copy of ClimaX, as `find_climax` takes it; None: the one of the environment, or the
+            stand-in host where there is none.
+        arguments: What the training script is called with: `--config FILE`, `--trainer.max_epochs=5`.
+
+    Raises:
+        InputError: If ClimaX is another version, a configuration is wrong, or only the stand-in host
+            is there and `module` is not "global_forecast".
+    """
+    if module not in MODULES:
+        raise InputError(f"unknown module {module!r}; available: {', '.join(MODULES)}")
+    from climax_elevation.upstream.config import modernize
+    from climax_elevation.upstream.launch import train_upstream
+    from climax_elevation.upstream.lightning import training_errors
+    from climax_elevation.upstream.locate import ClimaXNotFound, find_climax
+
+    try:
+        source = find_climax(climax)
+    except ClimaXNotFound as error:
+        if module != "global_forecast":
+            raise InputError(f"{module} needs ClimaX, the stand-in host has global_forecast alone: {error}") from None
+        source, why = None, str(error)
+    with tempfile.TemporaryDirectory(prefix="climax-elevation-") as folder, training_errors():
+        if source is None:
+            _say("host: stand-in, which is not ClimaX (%s)", why)
+            _train_stand_in(modernize(arguments, Path(folder), stand_in=True))
+        else:
+            _say("host: ClimaX, %s (%s)", source.examination.sentence, source.origin)
+            train_upstream(module, source, modernize(arguments, Path(folder)))
+
+
+def _train_stand_in(given: Modernized) -> None:
+    from climax_elevation.host.module import GlobalForecastModule
+    from climax_elevation.host.shards import GlobalForecastDataModule
+    from climax_elevation.upstream.lightning import TrainingCLI
+
+    cli = TrainingCLI(
+        arguments=given.arguments,
+        resume=given.resume,
+        model_class=GlobalForecastModule,
+        datamodule_class=GlobalForecastDataModule,
+        seed_everything_default=42,
+        save_config_kwargs={"overwrite": True},
+        run=False,
+        parser_kwargs={"parser_mode": "omegaconf"},
+    )
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path="best")
+
+
+def _say(message: str, *values: object) -> None:
+    """Log once, not once a process."""
+    from pytorch_lightning.utilities import rank_zero_only
+
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        logger.info(message, *values)
