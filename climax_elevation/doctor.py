@@ -27,7 +27,7 @@ SUPPORTED: dict[str, tuple[str, str, str | None]] = {
     "torch": ("torch", "2.7", None),
     "timm": ("timm", "0.6.13", "2"),
     "pytorch-lightning": ("pytorch_lightning", "2.5", "3"),
-    "jsonargparse": ("jsonargparse", "4.42", None),
+    "jsonargparse": ("jsonargparse", "4.44", None),
     "numpy": ("numpy", "1.23.5", None),
 }
 OLDEST_PYTHON = "3.10"

@@ -81,10 +81,12 @@ def look(checkout):
 
 if __name__ == "__main__":
     hidden = "--without-plugin" in sys.argv
-    for library in (*LIBRARIES, *(() if hidden else ("climax_elevation.attach",))):
+    for library in LIBRARIES:
         importlib.import_module(library)
     if hidden:
         sys.modules["climax_elevation"] = None  # so that importing it fails
+    else:
+        importlib.import_module("climax_elevation").attach  # noqa: B018, loaded when it is asked for
     for argument in sys.argv[1:]:
         if argument.startswith("-"):
             continue
