@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,7 +74,17 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
     globals()[name] = found
+    _register_operators()
     return found
+
+
+def _register_operators() -> None:
+    """Where torch is in use: a program that was exported looks for them when it is loaded."""
+    if "torch" in sys.modules:
+        importlib.import_module(f"{__name__}.attention")
+
+
+_register_operators()
 
 
 def __dir__() -> list[str]:

@@ -263,13 +263,15 @@ def test_a_stopped_comparison_goes_on(config: Path, done: Comparison, tmp_path: 
     out = tmp_path / "out"
     process = _start(config, out)
     _wait_for(lambda: len(list(out.glob("runs/*/seed*/run.json"))) >= 2)
+    os.killpg(process.pid, signal.SIGSTOP)  # lest it be done before it is stopped
     with pytest.raises(InputError, match="another comparison is running"):
         compare(config, out=out)
+    os.killpg(process.pid, signal.SIGCONT)
     if how is signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does, to all of its processes
     else:
         process.kill()
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=120)
     finished = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/seed*/run.json")}
     assert len(finished) < 6
     if how is signal.SIGINT:

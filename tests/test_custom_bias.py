@@ -60,9 +60,3 @@ def test_an_installed_bias_is_found_by_its_entry_point(installed):
     )
     assert done.returncode == 0, done.stderr
     assert "unknown argument 'snowline' for bias 'snow_line'; valid: snow_line_m, gamma_init" in done.stdout
-
-
-def test_the_readme_shows_the_example_as_it_is():
-    code = (EXAMPLE / "snow_line.py").read_text().partition("class ")
-    indented = "\n".join(f"    {line}".rstrip() for line in (code[1] + code[2]).splitlines())
-    assert indented in (ROOT / "README.md").read_text()

@@ -25,6 +25,7 @@ import pytest
 import yaml
 
 from climax_elevation import attach, available_biases
+from climax_elevation.bias import registry
 from climax_elevation.bias.registry import bias_class
 from climax_elevation.cli import main
 from climax_elevation.testbed.fit import one_thread
@@ -140,7 +141,8 @@ def run_command(words):
 
 
 @pytest.mark.parametrize("page", PROSE, ids=lambda page: page.name)
-def test_what_a_page_shows_runs(page, checkout, request):
+def test_what_a_page_shows_runs(page, checkout, request, monkeypatch):
+    monkeypatch.setattr(registry, "_biases", dict(registry._biases))  # a page may register its own
     namespace = {"__name__": "__main__"}
     for block in blocks(page):
         where = f"{page.name}, line {block.line}"
