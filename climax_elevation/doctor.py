@@ -26,7 +26,7 @@ from climax_elevation.upstream.series import git_executable
 SUPPORTED: dict[str, tuple[str, str, str | None]] = {
     "torch": ("torch", "2.7", None),
     "timm": ("timm", "0.6.13", "2"),
-    "pytorch-lightning": ("pytorch_lightning", "2.5", "3"),
+    "pytorch-lightning": ("pytorch_lightning", "2.5.6", "3"),
     "jsonargparse": ("jsonargparse", "4.44", None),
     "numpy": ("numpy", "1.23.5", None),
 }

@@ -63,8 +63,8 @@ def test_an_engine_that_is_for_other_devices_is_no_fault(no_climax, monkeypatch)
         ("torch", "2.7.0+cpu", Level.OK),
         ("torch", "2.15.0a0", Level.OK),
         ("pytorch-lightning", "1.9.5", Level.WRONG),
-        ("pytorch-lightning", "2.4.0", Level.WRONG),
-        ("pytorch-lightning", "2.5.0", Level.OK),
+        ("pytorch-lightning", "2.5.5", Level.WRONG),
+        ("pytorch-lightning", "2.5.6", Level.OK),
         ("pytorch-lightning", "3.0", Level.WRONG),
     ],
 )
