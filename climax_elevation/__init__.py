@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from climax_elevation.block import Attention3D, PhysicsGuidedBlockCorrected, keep_bias
     from climax_elevation.errors import InputError
     from climax_elevation.options import AttachOptions
+    from climax_elevation.other_hosts import attach_blocks, terrain_given
     from climax_elevation.terrain.fields import Terrain, downsample_elevation
     from climax_elevation.terrain.reader import TerrainReader
 
@@ -34,6 +35,7 @@ _PLACES = {
     "Terrain": "terrain.fields",
     "TerrainReader": "terrain.reader",
     "attach": "attachment",
+    "attach_blocks": "other_hosts",
     "available_biases": "bias.registry",
     "bias_off": "attachment",
     "biased_attention": "attention",
@@ -43,6 +45,7 @@ _PLACES = {
     "downsample_elevation": "terrain.fields",
     "keep_bias": "block",
     "register_bias": "bias.registry",
+    "terrain_given": "other_hosts",
 }
 
 __all__ = [
@@ -56,6 +59,7 @@ __all__ = [
     "Terrain",
     "TerrainReader",
     "attach",
+    "attach_blocks",
     "available_biases",
     "bias_off",
     "biased_attention",
@@ -65,6 +69,7 @@ __all__ = [
     "downsample_elevation",
     "keep_bias",
     "register_bias",
+    "terrain_given",
 ]
 
 

@@ -73,14 +73,14 @@ def attach(model: nn.Module, bias_type: str = "physics", **arguments: Any) -> No
     shared = {name: arguments.pop(name) for name in AttachOptions.names() if name in arguments}
     options = AttachOptions(**shared)
     host_model = _checked_host(model)
-    chosen = _chosen_blocks(len(host_model.blocks), options.blocks)
+    chosen = chosen_blocks(len(host_model.blocks), options.blocks)
     hosts = {index: host_model.blocks[index] for index in chosen}
     for host in hosts.values():
         check_host_block(host)
     if options.patch_order == "wind_as_published" and (0 not in chosen or not hasattr(model, "pos_embed")):
         raise InputError("patch_order wind_as_published acts where tokens enter: it needs block 0 among blocks")
     grid = (host_model.img_size[0] // host_model.patch_size, host_model.img_size[1] // host_model.patch_size)
-    biases = {index: _build(bias_type, host, grid, arguments) for index, host in hosts.items()}
+    biases = {index: built_bias(bias_type, host, grid, arguments) for index, host in hosts.items()}
     needs_wind = options.patch_order != "raster" or any(bias.needs & WIND_FIELDS for bias in biases.values())
     seam = _seam(host_model, options, needs_wind).to(next(model.parameters()).device)
     _check_variables(host_model.default_vars, seam, options.elevation_file)
@@ -89,7 +89,7 @@ def attach(model: nn.Module, bias_type: str = "physics", **arguments: Any) -> No
         seam.cache_dir = Path(options.stats_dir)
 
     for index, bias in biases.items():
-        host_model.blocks[index] = _terrain_block(hosts[index], bias, options.engine)
+        host_model.blocks[index] = terrain_block(hosts[index], bias, options.engine)
     host_model.terrain = seam
     host_model.use_physics_mask = True
     logger.info(
@@ -106,21 +106,21 @@ attach.__signature__ = _signature(attach)  # type: ignore[attr-defined]
 
 
 def detach(model: nn.Module) -> None:
-    """Give a model its own blocks back: the objects that `attach` replaced, under the same keys, with today's weights.
+    """Give a model its own blocks back: the objects that were replaced, under the same keys, with today's weights.
 
     Args:
-        model: That `attach` made terrain-aware, or a module that holds it.
+        model: That `attach` or `attach_blocks` made terrain-aware, or a module that holds it.
 
     Raises:
         InputError: If it has no terrain bias.
     """
-    host = _attached(model)
-    for index, block in enumerate(host.blocks):
-        if isinstance(block, TerrainBlock):
-            host.blocks[index] = block.release()
-    del host.terrain
-    host.terrain = None  # type: ignore[assignment]  # as ClimaX has it
-    host.use_physics_mask = False
+    host, places = _attached(model)
+    for stack, name, block in places:
+        stack.add_module(name, block.release())
+    if host is not None:
+        del host.terrain
+        host.terrain = None  # type: ignore[assignment]  # as ClimaX has it
+        host.use_physics_mask = False
 
 
 @contextmanager
@@ -128,29 +128,42 @@ def bias_off(model: nn.Module) -> Iterator[None]:
     """Compute without the bias: as the unmodified host would with the weights that it has now.
 
     Args:
-        model: That `attach` made terrain-aware, or a module that holds it.
+        model: That `attach` or `attach_blocks` made terrain-aware, or a module that holds it.
 
     Raises:
         InputError: If it has no terrain bias.
     """
-    host = _attached(model)
-    biased = {index: block for index, block in enumerate(host.blocks) if isinstance(block, TerrainBlock)}
+    host, places = _attached(model)
     try:
-        for index, block in biased.items():
-            host.blocks[index] = block.release()
-        host.use_physics_mask = False
+        for stack, name, block in places:
+            stack.add_module(name, block.release())
+        if host is not None:
+            host.use_physics_mask = False
         yield
     finally:
-        for index, block in biased.items():
-            host.blocks[index] = block.train(host.blocks[index].training)
-        host.use_physics_mask = True
+        for stack, name, block in places:
+            stack.add_module(name, block.train(stack.get_submodule(name).training))
+        if host is not None:
+            host.use_physics_mask = True
 
 
-def _attached(model: nn.Module) -> Host:
+def _attached(model: nn.Module) -> tuple[Host | None, list[tuple[nn.Module, str, TerrainBlock]]]:
+    """The ClimaX among the modules of `model`, or None; and each block that has a bias, with where it stands."""
+    host: Host | None = None
     for module in model.modules():
         if isinstance(getattr(module, "terrain", None), TerrainSeam) and hasattr(module, "blocks"):
-            return cast(Host, module)
-    raise InputError(f"this {type(model).__name__} has no terrain bias: attach one first")
+            host = cast(Host, module)
+            break
+    places = [
+        (stack, name, block)
+        for stack in model.modules()
+        for name, block in stack.named_children()
+        if isinstance(block, TerrainBlock)
+        and (block.handed_in is not None or (host is not None and stack is host.blocks))
+    ]
+    if not places:
+        raise InputError(f"this {type(model).__name__} has no terrain bias: attach one first")
+    return host, places
 
 
 def _seam(model: Host, options: AttachOptions, needs_wind: bool) -> TerrainSeam:
@@ -186,7 +199,8 @@ def _checked_host(model: nn.Module) -> Host:
     return cast(Host, model)
 
 
-def _chosen_blocks(depth: int, blocks: Sequence[int] | str) -> list[int]:
+def chosen_blocks(depth: int, blocks: Sequence[int] | str) -> list[int]:
+    """Indices of blocks, sorted; InputError unless they are some of so many."""
     if blocks == "all":
         return list(range(depth))
     if isinstance(blocks, str) or not all(isinstance(index, int) and 0 <= index < depth for index in blocks):
@@ -196,7 +210,8 @@ def _chosen_blocks(depth: int, blocks: Sequence[int] | str) -> list[int]:
     return sorted(blocks)
 
 
-def _build(bias_type: str, host: nn.Module, grid: tuple[int, int], bias_args: dict[str, Any]) -> ElevationBias:
+def built_bias(bias_type: str, host: nn.Module, grid: tuple[int, int], bias_args: dict[str, Any]) -> ElevationBias:
+    """The bias of a host's block, where and of the type that the block is."""
     attention = cast(Any, host.attn)
     # what the bias draws must not shift the random numbers that the host draws after this
     with torch.random.fork_rng(devices=[]):
@@ -218,7 +233,12 @@ def _check_variables(known: Sequence[str], reader: TerrainReader, elevation_file
             )
 
 
-def _terrain_block(host: nn.Module, bias: ElevationBias, engine: str) -> TerrainBlock:
+def terrain_block(host: nn.Module, bias: ElevationBias, engine: str) -> TerrainBlock:
+    """The block in the place of a host's, in its mode."""
     if isinstance(bias, PhysicsBias):
-        return PhysicsGuidedBlockCorrected.adopt(host, bias, engine)
-    return TerrainBlock(host, bias, engine)
+        block: TerrainBlock = PhysicsGuidedBlockCorrected.adopt(host, bias, engine)
+    else:
+        block = TerrainBlock(host, bias, engine)
+    for made in (block, block.attn, *bias.modules()):  # and not what is the host's
+        made.training = host.training
+    return block

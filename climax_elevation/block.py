@@ -184,6 +184,39 @@ class Attention3D(BiasedAttention):
         return super()._attend(q, k, v, bias_inputs, dropout_p)
 
 
+class HandedIn:
+    """What a block of a model that hands on no terrain is given instead, while `terrain_given` lasts.
+
+    It is not copied with a model, nor saved.
+
+    Args:
+        grid: Rows and columns of the patches that are the block's tokens.
+        terrain_is_flat: Ground within 10 m of zero is meant, and is not a standardised channel.
+    """
+
+    def __init__(self, grid: tuple[int, int], terrain_is_flat: bool) -> None:
+        self.grid, self.terrain_is_flat = grid, terrain_is_flat
+        self.bias_inputs: Tensors | None = None
+
+    def __reduce__(self) -> tuple[type[HandedIn], tuple[tuple[int, int], bool]]:
+        return HandedIn, (self.grid, self.terrain_is_flat)
+
+    def inputs(self, tokens: int) -> Tensors:
+        """Of the bias, for a block of so many tokens."""
+        if self.bias_inputs is None:
+            raise InputError(
+                "no terrain was handed in: call the model inside `with terrain_given(model, terrain):`, and its "
+                "backward too where activations are checkpointed"
+            )
+        rows, columns = self.grid
+        if tokens != rows * columns:
+            raise InputError(
+                f"a block got {tokens} tokens, and the grid of {rows} x {columns} has {rows * columns} patches: tokens "
+                "are all patches in row-major order and nothing else, no class token, register or dropped patch"
+            )
+        return self.bias_inputs
+
+
 class TerrainBlock(nn.Module):
     """A pre-norm transformer block whose attention is biased by terrain.
 
@@ -204,6 +237,7 @@ class TerrainBlock(nn.Module):
     mlp: nn.Module
     ls2: nn.Module
     drop_path2: nn.Module
+    handed_in: HandedIn | None = None  # None: the host hands terrain to its blocks itself
 
     def __init__(self, host: nn.Module, bias: ElevationBias, engine: str = "auto") -> None:
         super().__init__()
@@ -236,16 +270,27 @@ class TerrainBlock(nn.Module):
         return {"bias_inputs": self.attn.bias.reordered(inputs, order), "order": order}
 
     def forward(
-        self, x: Tensor, bias_inputs: Tensors, order: Tensor | None = None, positions: Tensor | None = None
+        self,
+        x: Tensor,
+        bias_inputs: Tensors | None = None,
+        order: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Tokens `[B, L, D]` to the same shape.
 
         Args:
             x: Tokens in raster order.
-            bias_inputs: The arguments of `attn.bias`, in `order`.
+            bias_inputs: The arguments of `attn.bias`, in `order`; None: what `terrain_given` handed in.
             order: The token that comes to each place, `[B, L]`; undone at the end. None: as they are.
             positions: What x holds of position embedding, `[1, L, D]`, to be left in raster order.
+
+        Raises:
+            InputError: If neither is there.
         """
+        if bias_inputs is None:
+            if self.handed_in is None:
+                raise InputError("a block with a terrain bias needs bias_inputs, of terrain_inputs(terrain)")
+            bias_inputs = self.handed_in.inputs(x.shape[1])
         if order is not None:
             x = take_tokens(x, order) if positions is None else take_tokens(x - positions, order) + positions
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias_inputs)))
@@ -345,14 +390,16 @@ class PhysicsGuidedBlockCorrected(TerrainBlock):
             u_wind, v_wind: Fields of the wind, `[B or 1, H, W]`, whose speed is averaged over each patch as
                 `attach` does; or patch means, `[B or 1, L]`, whose own speed is taken, and which is lower. m/s;
                 required with `wind`, refused without.
-            bias_inputs: Elevation and speed as `PhysicsBias.inputs` gives them, instead of the three above.
+            bias_inputs: Elevation and speed as `PhysicsBias.inputs` gives them, instead of the three above; where
+                there is none of the four, what `terrain_given` handed in.
             order, positions: As `TerrainBlock`.
 
         Raises:
             InputError: If what the bias needs is missing, of another shape, not finite or plainly not in metres;
                 never plain attention. Numbers on a GPU, and those of compiled graphs, are taken on trust.
         """
-        if bias_inputs is None:
+        handed_in = self.handed_in is not None and elevation_patches is u_wind is v_wind is None
+        if bias_inputs is None and not handed_in:
             _check_places(x, elevation_patches=elevation_patches, u_wind=u_wind, v_wind=v_wind)
             bias_inputs = self._bias_inputs(x.shape[1], elevation_patches, u_wind, v_wind)
         elif not (elevation_patches is u_wind is v_wind is None):
@@ -434,3 +481,9 @@ def check_host_block(block: nn.Module) -> None:
             f"a block's attention is built as timm's Attention, of {', '.join(sorted(ATTENTION_PARTS))}; "
             f"{type(parts['attn']).__name__} has {', '.join(sorted(attention))}"
         )
+    for part, timms in ((block, Block), (parts["attn"], Attention)):
+        if type(part).forward is not timms.forward:
+            raise InputError(
+                f"{type(part).__name__} has a forward of its own, which a block with a terrain bias would not compute: "
+                f"build the model with timm's {timms.__name__}"
+            )

@@ -1,7 +1,10 @@
 """Where real ClimaX and real data are, and the one line that says so; Triton's interpreter where there is no GPU."""
 
+import importlib.metadata
 import importlib.util
 import os
+import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,18 @@ def pytest_report_header() -> list[str]:
         f"ClimaX: {CLIMAX}" if CLIMAX else "ClimaX: not found (CLIMAX_SRC is unset), its regression tests are skipped",
         f"real data: {'found' if DATA.is_dir() else 'not found, their tests are skipped'}",
     ]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_with(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """Write into a JUnit report with what this run was made; .ci/matrix.py reads it."""
+    record_testsuite_property("python", platform.python_version())
+    for name in ("torch", "timm", "pytorch-lightning", "numpy"):
+        record_testsuite_property(name, importlib.metadata.version(name).partition("+")[0])
+    gpu = ("ROCm" if torch.version.hip else "CUDA") if torch.cuda.is_available() else "CPU"
+    system = platform.system()
+    record_testsuite_property("place", "macOS" if system == "Darwin" else f"{system}, {gpu}")
+    record_testsuite_property("climax", "not found" if CLIMAX is None else "found")
 
 
 @pytest.fixture(scope="session")

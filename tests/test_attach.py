@@ -82,6 +82,13 @@ def test_zero_strength_is_the_host_and_full_strength_is_not(blocks):
     assert (moved - plain).abs().max() > 1e-4
 
 
+def test_blocks_of_a_model_in_evaluation_are_in_evaluation():
+    """Dropout of attention weights would be at work in one block otherwise."""
+    made = model(use_physics_mask=False).eval()
+    attach(made)
+    assert not any(module.training for module in made.blocks.modules())
+
+
 def test_the_chosen_blocks_and_no_others():
     made = terrain_aware(blocks=[0, 2])
     assert [isinstance(block, PhysicsGuidedBlockCorrected) for block in made.blocks] == [True, False, True]

@@ -49,13 +49,15 @@ def terrain_blocks(model: nn.Module) -> dict[int, TerrainBlock]:
     """The blocks of `model` that have a terrain bias, by their index.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is none, or two have the same index.
     """
-    blocks = {
-        int(re.findall(r"blocks\.(\d+)", name)[-1]): part
-        for name, part in model.named_modules()
-        if isinstance(part, TerrainBlock)
-    }
+    blocks: dict[int, TerrainBlock] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, TerrainBlock):
+            index = int((re.findall(r"\d+", name) or ["0"])[-1])
+            if index in blocks:
+                raise InputError(f"two stacks of blocks have a terrain bias in block {index}: look at one at a time")
+            blocks[index] = part
     if not blocks:
         raise InputError(
             f"this {type(getattr(model, 'net', model)).__name__} has no terrain bias: train it with "
@@ -232,12 +234,13 @@ class Report:
         return f"The bias is alive{where}: it moves up to {most:.1%} of a row's attention."
 
 
-def assess(model: nn.Module, batch: Sequence[Any]) -> Report:
+def assess(model: nn.Module, batch: Any, run: Callable[[nn.Module, Any], Any] = encode) -> Report:
     """Measure the biases of a model on a batch; nothing of the model is changed.
 
     Args:
-        model: A ClimaX with terrain, or a Lightning module that holds one as `net`.
-        batch: As ClimaX's data modules give them: x, y, lead_times, variables, out_variables.
+        model: A ClimaX with terrain, or a Lightning module that holds one as `net`; or any model, with `run`.
+        batch: As ClimaX's data modules give them: x, y, lead_times, variables, out_variables; or what `run` takes.
+        run: Calls `run(model, batch)`, so that every block runs.
 
     Raises:
         InputError: If the model has no terrain bias.
@@ -248,7 +251,7 @@ def assess(model: nn.Module, batch: Sequence[Any]) -> Report:
         found[index] = measure(seen)
 
     with evaluating(model), watch(model, see):
-        encode(model, batch)
+        run(model, batch)
     parameters = {
         (index, name): parameter.item()
         for index, block in terrain_blocks(model).items()

@@ -322,7 +322,7 @@ class TerrainReader(nn.Module):
         numbers.append(no_wind if terrain.speed is None else terrain.speed.detach().amax())
         numbers += self._of_channel(x.detach(), variables)
         context = (self._origin, self.elevation_variable, " and ".join(self.wind_variables or ()), self.terrain_is_flat)
-        return judged(terrain.elevation_m, torch.stack(numbers), _check_values, *context)
+        return judged(terrain.elevation_m, torch.stack(numbers), check_values, *context)
 
     def _of_channel(self, x: Tensor, variables: Sequence[str]) -> list[Tensor]:
         """How far static ground moves, metres; correlation with a file, and the standard deviations of both."""
@@ -383,7 +383,7 @@ def _wind_range(speed: Tensor | None) -> str:
 
 
 @judge
-def _check_values(numbers: list[float], origin: str, channel: str, winds: str, flat: bool) -> None:
+def check_values(numbers: list[float], origin: str, channel: str, winds: str, flat: bool) -> None:
     """The values are metres and m/s, and the ground is the one that it is said to be.
 
     Args:
@@ -405,7 +405,7 @@ def _check_values(numbers: list[float], origin: str, channel: str, winds: str, f
     if not flat and max(-low, high) < 10 and spread < 5:
         raise InputError(
             f"patch-mean elevation from {origin} is {low:.2f} to {high:.2f} m, which looks standardised: give the "
-            "statistics or the field in metres, or set bias_args.terrain_is_flat: true if the ground is so flat"
+            "statistics or the field in metres, or set terrain_is_flat: true if the ground is so flat"
         )
     if not moved <= GROUND_MAY_MOVE_M:
         raise InputError(
