@@ -14,7 +14,7 @@ from climax_elevation.compare.significance import FEWEST_BLOCKS
 from climax_elevation.compare.strata import ALL
 from climax_elevation.compare.tables import BETTER, NONE_FOUND, NOT_FINITE, ONE_SEED, WORSE, Results
 
-PARTS = {"val": "Validation", "test": "Test"}
+TITLES = {"val": "Validation", "test": "Test"}
 
 
 def report(results: Results, table: pd.DataFrame, differences: pd.DataFrame) -> str:
@@ -28,7 +28,7 @@ def report(results: Results, table: pd.DataFrame, differences: pd.DataFrame) -> 
     sections = [_setting(results)]
     if len(results.configuration.variants) > 1:
         sections.append(_choice(results.configuration, table, differences))
-    for part, title in PARTS.items():
+    for part, title in TITLES.items():
         sections.append(f"## {title}\n\n{_scores(results, table, differences, part)}")
         if results.configuration.comparisons:
             sections.append(_strata(results, differences, part))
@@ -44,7 +44,7 @@ def _setting(results: Results) -> str:
     versions = ", ".join(
         sorted({f"{name} {number}" for record in records for name, number in record["versions"].items()})
     )
-    parts = ", ".join(f"{part} {len(results.references[part]['persistence'])} samples" for part in PARTS)
+    parts = ", ".join(f"{part} {len(results.references[part]['persistence'])} samples" for part in TITLES)
     return "\n".join(
         [
             "# Comparison",
@@ -144,7 +144,7 @@ def _strata(results: Results, differences: pd.DataFrame, part: str) -> str:
             cells.append(f"{_signed(row['percent'])}{star}")
         rows.append([variant, counterpart, *cells])
     return (
-        f"### {PARTS[part]}, by terrain\n\nDifference of the standardised RMSE in %; a star where the interval over "
+        f"### {TITLES[part]}, by terrain\n\nDifference of the standardised RMSE in %; a star where the interval over "
         "seeds leaves out 0, not corrected for the number of strata or variants.\n\n"
         + _markdown(["variant", "against", *results.strata], rows)
     )
@@ -187,7 +187,7 @@ def _reading(results: Results, differences: pd.DataFrame) -> str:
     lines.append(f"Time was resampled {settings.resamples} times in blocks of {blocks}, the seeds' mean each time.")
     lines += [
         f"In {part} there are fewer than {FEWEST_BLOCKS} such blocks, so there is no interval over time there."
-        for part in PARTS
+        for part in TITLES
         if configuration.comparisons and differences[differences.part == part].time_low.isna().all()
     ]
     if len(configuration.seeds) == 1:

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from climax_elevation.compare.strata import Strata, StrataSettings, divide
+from climax_elevation.data import names
+from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
 from climax_elevation.files import PREPARE, load_npy, save_npz
 from climax_elevation.host.metrics import latitude_weights
@@ -39,10 +41,9 @@ Array = NDArray[np.floating]
 
 METRICS = ("rmse_standardised", "rmse", "acc", "skill_persistence", "skill_climatology")
 LOWER_IS_BETTER = ("rmse_standardised", "rmse")
-PARTS = ("val", "test")
+PARTS = PARTITIONS[1:]  # that are scored
 MEAN = "mean"
-OROGRAPHY = "orography"
-LAND = "land_sea_mask"
+OROGRAPHY, LAND = names.OROGRAPHY.name, names.LAND_SEA_MASK.name
 WIND = ("10m_u_component_of_wind", "10m_v_component_of_wind")
 
 

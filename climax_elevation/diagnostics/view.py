@@ -141,7 +141,7 @@ def view_from(
         raise InputError(f"head is from 0 to {heads - 1}, not {head}")
     terrain, seen = _look(run, one_of("part", part, PARTS), sample, block)
     lat, lon = _centres(terrain)
-    chosen = _steepest(terrain) if place is None else _patch(lat, lon, terrain.grid, place)
+    chosen = steepest_rise(terrain) if place is None else _patch(lat, lon, terrain.grid, place)
     picked = _from_patch(seen, chosen, slice(None) if head is None else slice(head, head + 1))
     reads, is_read, without, with_bias = (values.reshape(terrain.grid).cpu().numpy() for values in picked)
     which = "mean of heads" if head is None else f"head {head}"
@@ -201,7 +201,8 @@ def _centres(terrain: Terrain) -> tuple[Array, Array]:
     return lat, np.unwrap(lon.reshape(terrain.grid), axis=1, period=360).ravel()
 
 
-def _steepest(terrain: Terrain) -> int:
+def steepest_rise(terrain: Terrain) -> int:
+    """The patch with the steepest rise to a neighbour."""
     height = terrain.elevation_m[:1].unflatten(1, terrain.grid)
     return int((max_pool2d(height, 3, stride=1, padding=1) - height).argmax())
 

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import max_pool2d
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from climax_elevation.bias import ElevationBias
-from climax_elevation.diagnostics.view import Field
+from climax_elevation.diagnostics.view import Field, steepest_rise
 from climax_elevation.errors import InputError
 from climax_elevation.host import StandInClimaX
 from climax_elevation.host.shards import GlobalForecastDataModule
@@ -203,8 +202,7 @@ def _bias_of_one_patch(
     with torch.no_grad():
         terrain = net.terrain(x, lead_times, variables)
         values = bias(*bias.inputs(terrain))[0].mean(dim=0)
-    height = terrain.elevation_m[:1].unflatten(1, net.grid)
-    chosen = int((max_pool2d(height, 3, stride=1, padding=1) - height).argmax())
+    chosen = steepest_rise(terrain)
     return values[chosen].reshape(net.grid).float().numpy(), divmod(chosen, net.grid[1])
 
 
