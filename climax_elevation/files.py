@@ -64,6 +64,15 @@ def load_npy(path: Path, remedy: str) -> NDArray[Any]:
         return _numbers(found)
 
 
+def load_scalars(path: Path, remedy: str, names: Iterable[str] | None = None) -> dict[str, float]:
+    """One number a variable: the shard format has arrays of shape (1,). Arguments and errors as `load_npz` has them."""
+    arrays = load_npz(path, remedy, names)
+    for name, values in arrays.items():
+        if values.size != 1:
+            raise InputError(f"{path} has one number a variable, and of {name!r} {values.size}: {remedy}")
+    return {name: float(values.item()) for name, values in arrays.items()}
+
+
 def check_finite(arrays: Mapping[str, NDArray[Any]], path: Path, remedy: str) -> None:
     """Raise InputError unless all numbers are finite."""
     for name, values in arrays.items():
@@ -73,11 +82,16 @@ def check_finite(arrays: Mapping[str, NDArray[Any]], path: Path, remedy: str) ->
 
 def check_degrees(lat: NDArray[Any], lon: NDArray[Any], source: str | Path) -> None:
     """Raise InputError unless they are latitudes and longitudes."""
-    for name, values in (("latitudes", lat), ("longitudes", lon)):
+    for name, values, (lowest, highest) in (("latitudes", lat, (-90, 90)), ("longitudes", lon, (-360, 720))):
         if values.ndim == 0 or values.size == 0 or not np.isfinite(values).all():
             raise InputError(f"{name} from {source} are finite numbers, not {_shown(values)}: {PREPARE}")
-    if not (np.abs(lat) <= 90).all():
-        raise InputError(f"latitudes from {source} are within [-90, 90] degrees, not {lat.min():g} to {lat.max():g}")
+        if values.min() < lowest or values.max() > highest:
+            raise InputError(
+                f"{name} from {source} are within [{lowest}, {highest}] degrees, not {values.min():g} to "
+                f"{values.max():g}: {PREPARE}"
+            )
+        if values.ndim == 1 and len(np.unique(values)) < len(values):
+            raise InputError(f"{name} from {source} are there once each, and some come again: {PREPARE}")
 
 
 def _shown(values: NDArray[Any]) -> str:

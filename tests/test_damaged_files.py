@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny_data
+import torch
 
 from climax_elevation import InputError, TerrainReader
 from climax_elevation.host.shards import GlobalForecastDataModule
@@ -85,7 +86,58 @@ def test_latitudes_are_degrees(tmp_path, read):
         read(tmp_path)
 
 
-def test_statistics_have_one_number_a_variable(tmp_path):
-    changed(tiny_data.write(tmp_path) / "normalize_mean.npz", lambda values: np.ones(5))
-    with pytest.raises(InputError, match="one number a variable, and of 'orography' 5"):
+@pytest.mark.parametrize("read", [folder_read, data_module])
+@pytest.mark.parametrize("name", ["normalize_mean.npz", "normalize_std.npz"])
+def test_statistics_have_one_number_a_variable(tmp_path, read, name):
+    changed(tiny_data.write(tmp_path) / name, lambda values: np.ones(5))
+    with pytest.raises(InputError, match=f"{name} has one number a variable, and of 'orography' 5"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [folder_read, data_module])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("lat.npy", np.zeros_like, "latitudes .* are there once each, and some come again"),
+        ("lon.npy", np.zeros_like, "longitudes .* are there once each, and some come again"),
+        ("lon.npy", lambda values: values * 1e6, r"longitudes .* are within \[-360, 720\] degrees, not 0 to 3e\+07"),
+    ],
+)
+def test_coordinates_that_name_no_places_are_refused(tmp_path, read, name, change, message):
+    changed(tiny_data.write(tmp_path) / name, change)
+    with pytest.raises(InputError, match=message):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "others"), [("lat.npy", "lon.npy"), ("lon.npy", "lat.npy"), ("lat2d.npy", "lon2d.npy")]
+)
+def test_one_coordinate_alone_is_refused(tmp_path, name, others):
+    path = tiny_data.write(tmp_path) / name
+    (tmp_path / others).unlink(missing_ok=True)
+    if not path.exists():
+        np.save(path, np.zeros((8, 16)))
+    with pytest.raises(InputError, match=f"has {name} alone of "):
         folder_read(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["normalize_mean.npz", "normalize_std.npz"])
+@pytest.mark.parametrize("variable", ["orography", WINDS[1]])
+def test_statistics_that_lack_a_variable_are_named_when_it_is_read(tmp_path, name, variable):
+    path = tiny_data.write(tmp_path) / name
+    found = dict(np.load(path))
+    del found[variable]
+    np.savez(path, **found)
+    reader = TerrainReader([8, 16], 4, elevation_variable="orography", wind_variables=WINDS)
+    read_folder(reader, tmp_path)  # an elevation_file would do without
+    with pytest.raises(
+        InputError, match=f"standardised '.*', to have it in .* \\(stats_dir .* has none of '{variable}'"
+    ):
+        reader(torch.zeros(1, 4, 8, 16), None, tiny_data.VARIABLES)
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_a_climatology_is_of_the_datas_grid(tmp_path, part):
+    changed(tiny_data.write(tmp_path) / part / "climatology.npz", lambda values: values[:, :-1])
+    with pytest.raises(InputError, match=r"of shape \[1, 7, 16\], and the data have \[1, 8, 16\]"):
+        data_module(tmp_path)

@@ -51,6 +51,89 @@ def test_coordinates_are_known_by_their_units_where_names_are_strange(tmp_path):
     np.testing.assert_array_equal(on_data(tmp_path / "z.nc"), VALUES)
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ({"units": "degree_north"}, {"units": "degree_east"}),
+        ({"units": "degreesN"}, {"units": "degreesE"}),
+        ({"standard_name": "latitude", "units": "degrees"}, {"standard_name": "longitude", "units": "degrees"}),
+    ],
+)
+def test_coordinates_are_known_by_what_cf_says_of_them(tmp_path, rows, columns):
+    coordinates = {"a": ("a", LON, columns), "b": ("b", LAT, rows)}
+    xarray.Dataset({"z": (("a", "b"), VALUES.T, {"units": "m"})}, coordinates).to_netcdf(tmp_path / "z.nc")
+    np.testing.assert_array_equal(on_data(tmp_path / "z.nc"), VALUES)
+
+
+@pytest.mark.parametrize("dims", [("south_north", "west_east"), ("dim_0", "dim_1"), ("nlat", "nlon"), ("nlon", "nlat")])
+def test_dimensions_whose_names_say_nothing_are_taken_as_they_lie(tmp_path, dims):
+    values = VALUES.T if dims[0] == "nlon" else VALUES
+    field = {"orography": (("Time", *dims), np.stack([values, values]), {"units": "m"})}
+    xarray.Dataset(field).to_netcdf(tmp_path / "z.nc")
+    np.testing.assert_array_equal(read_elevation_file(tmp_path / "z.nc").values, VALUES)
+
+
+def test_points_that_are_no_grid_are_refused(tmp_path):
+    points = {"lat": ("cell", LAT), "lon": ("cell", LON)}
+    xarray.Dataset({"z": (("cell",), VALUES[0], {"units": "m"})}, points).to_netcdf(tmp_path / "z.nc")
+    with pytest.raises(InputError, match="for each point along 'cell', and no grid"):
+        read_elevation_file(tmp_path / "z.nc")
+
+
+FINE_LAT, FINE_LON = np.arange(-88.75, 90, 2.5), np.arange(0, 360, 2.5)
+FINE = np.random.default_rng(3).uniform(0, 3000, (72, 144))
+
+
+@pytest.mark.parametrize("west", [0, -180])
+def test_a_column_that_comes_twice_counts_once(tmp_path, west):
+    lon = (FINE_LON - west) % 360 + west
+    order = lon.argsort()
+    once = on_data(write(tmp_path / "a.nc", FINE, lat=FINE_LAT, lon=FINE_LON))
+    turned = np.concatenate([FINE[:, order], FINE[:, order[:1]]], axis=1)
+    path = write(tmp_path / "b.nc", turned, lat=FINE_LAT, lon=np.append(lon[order], west + 360))
+    np.testing.assert_allclose(on_data(path), once, rtol=1e-12)
+    turned[:, -1] += 100
+    with pytest.raises(InputError, match="has the meridian at .* twice, with other values"):
+        on_data(write(tmp_path / "c.nc", turned, lat=FINE_LAT, lon=np.append(lon[order], west + 360)))
+
+
+@pytest.mark.parametrize(("axis", "name"), [(0, "latitude"), (1, "longitude")])
+def test_rows_and_columns_that_are_missing_or_out_of_order_are_refused(tmp_path, axis, name):
+    coordinates = [FINE_LAT, FINE_LON]
+    for places, message in (
+        (np.delete(np.arange(len(coordinates[axis])), [30]), f"has no {name} between .* averages need all of them"),
+        (np.arange(len(coordinates[axis])) ^ 1, f"sort the file by {name}"),  # neighbours exchanged
+    ):
+        taken = [*coordinates]
+        taken[axis] = coordinates[axis][places]
+        path = write(tmp_path / f"{message[4:7]}.nc", FINE.take(places, axis), lat=taken[0], lon=taken[1])
+        with pytest.raises(InputError, match=message):
+            on_data(path)
+
+
+def test_data_of_one_row_take_the_row_that_they_name(tmp_path):
+    path = write(tmp_path / "z.nc", FINE, lat=FINE_LAT, lon=FINE_LON)
+    np.testing.assert_allclose(on_data(path, FINE_LAT[5:6], FINE_LON), FINE[5:6])
+    with pytest.raises(InputError, match="has no latitude -76, which the data have"):
+        on_data(path, np.array([-76.0]), FINE_LON)
+
+
+def test_files_without_values_or_with_half_of_the_coordinates_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", orography=np.zeros((0, 4)), lat=np.zeros(0), lon=LON)
+    with pytest.raises(InputError, match="its latitudes are finite numbers"):
+        read_elevation_file(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", orography=VALUES, lat=LAT)
+    with pytest.raises(InputError, match="has latitudes and no longitudes: write both, or neither"):
+        read_elevation_file(tmp_path / "b.npz")
+
+
+def test_a_folder_such_as_zarrs_is_said_to_be_one_and_suffixes_may_be_in_capitals(tmp_path):
+    (tmp_path / "z.zarr").mkdir()
+    with pytest.raises(InputError, match=r"z\.zarr is a folder; give a \.nc"):
+        read_elevation_file(tmp_path / "z.zarr")
+    np.testing.assert_array_equal(on_data(write(tmp_path / "Z.NC")), VALUES)
+
+
 def test_what_does_not_change_along_a_dimension_is_the_ground_and_what_does_is_refused(tmp_path):
     several = np.stack([VALUES, VALUES])
     dims = ("time", "latitude", "longitude")

@@ -260,7 +260,7 @@ def test_without_coordinates_the_shape_is_exact_and_the_orientation_stated(caplo
 
 def test_a_patch_across_the_dateline_lies_on_it():
     read = reader(wind_variables=None)
-    read.set_grid(np.zeros(4), np.array([179.0, -179.0, 0, 0, 10, 20]), "the data")
+    read.set_grid(np.arange(4.0), np.array([179.0, -179.0, 0, 5, 10, 20]), "the data")
     assert abs(read.lon[0].item()) == pytest.approx(180.0, abs=1e-4)
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
-from climax_elevation.files import PREPARE, check_degrees, check_finite, load_npy, load_npz, reading
+from climax_elevation.files import PREPARE, check_degrees, check_finite, load_npy, load_npz, load_scalars, reading
 from climax_elevation.terrain.reader import HOURS_PER_LEAD_TIME
 
 logger = logging.getLogger(__name__)
@@ -233,8 +233,7 @@ class GlobalForecastDataModule(LightningDataModule):
         self.data_train.epoch = state_dict["epochs_begun"]
 
     def _normalize(self, variables: Sequence[str]) -> Normalize:
-        mean = _load_variables(self.root / "normalize_mean.npz", variables)
-        std = _load_variables(self.root / "normalize_std.npz", variables)
+        mean, std = (_load_statistics(self.root / f"normalize_{kind}.npz", variables) for kind in ("mean", "std"))
         for name, value in zip(variables, std, strict=True):
             if not (value > 0).all():
                 raise InputError(
@@ -247,7 +246,17 @@ class GlobalForecastDataModule(LightningDataModule):
         return Normalize(mean, std)
 
     def _climatology(self, part: str) -> Tensor:
-        return torch.from_numpy(_load_variables(self.root / part / "climatology.npz", self.out_variables))
+        path, (lat, lon) = self.root / part / "climatology.npz", self.get_lat_lon()
+        arrays = load_npz(path, PREPARE, self.out_variables)
+        _check_variables(path, list(arrays), self.out_variables)
+        check_finite(arrays, path, PREPARE)
+        for name, values in arrays.items():
+            if values.shape != (1, len(lat), len(lon)):
+                raise InputError(
+                    f"{path} has {name!r} of shape {list(values.shape)}, and the data have {[1, len(lat), len(lon)]}: "
+                    f"{PREPARE}"
+                )
+        return torch.from_numpy(np.concatenate([arrays[name] for name in self.out_variables]))
 
     def _dataset(self, part: str, buffer_size: int = 0) -> ForecastDataset:
         return ForecastDataset(
@@ -349,15 +358,13 @@ def _check_sizes(root: Path, shards: dict[str, list[Shard]], lat: NDArray[Any], 
             )
 
 
-def _load_variables(path: Path, variables: Sequence[str]) -> NDArray[Any]:
-    arrays = load_npz(path, PREPARE)
-    _check_variables(path, list(arrays), variables)
-    wanted = {name: arrays[name] for name in variables}
-    check_finite(wanted, path, PREPARE)
-    try:
-        return np.concatenate([wanted[name] for name in variables])
-    except ValueError as error:
-        raise InputError(f"{path} has variables of several shapes ({error}): {PREPARE}") from error
+def _load_statistics(path: Path, variables: Sequence[str]) -> NDArray[Any]:
+    """One a variable, `[V]`."""
+    found = load_scalars(path, PREPARE)
+    _check_variables(path, list(found), variables)
+    values = {name: np.array([found[name]]) for name in variables}
+    check_finite(values, path, PREPARE)
+    return np.concatenate([values[name] for name in variables])
 
 
 def _check_variables(path: Path, present: Sequence[str], needed: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,13 @@ logger = logging.getLogger(__name__)
 
 SAME_SPACING = 0.99  # of the data's, above which a file is not finer
 WHOLLY = 0.999  # of a pixel, covered by a file's cells
+WIDEST_STEP = 1.9  # times the median step, above which rows or columns are missing; Gaussian grids have 1.01
+ROUND = 360.0
 AGAIN = "download or write it again"
 LATITUDES, LONGITUDES = ("lat", "latitude"), ("lon", "longitude")
+OF_LATITUDES, OF_LONGITUDES = (
+    re.compile(f"degrees?_?{letter}(?!\\w)|degrees?_{word}", re.I) for letter, word in (("n", "north"), ("e", "east"))
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class ElevationField:
             )
             return self.values.astype(np.float64)
         rows = _shares(self.lat, np.asarray(lat, dtype=np.float64), "latitude", self.source, period=None)
-        columns = _shares(self.lon, np.asarray(lon, dtype=np.float64), "longitude", self.source, period=360.0)
+        columns = _shares(self.lon, np.asarray(lon, dtype=np.float64), "longitude", self.source, period=ROUND)
         unknown = ~np.isfinite(self.values)
         if (rows @ unknown @ columns.T).any():
             raise InputError(
@@ -105,15 +111,15 @@ def read_elevation_file(path: str | Path, variable: str = "orography") -> Elevat
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(
-            f"elevation_file {path} does not exist; give a .nc, .npz or .npy file with elevation in metres"
-        )
+        came = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"elevation_file {path} {came}; give a .nc, .npz or .npy file with elevation in metres")
     source = f"elevation_file {path}"
-    if path.suffix == ".npy":
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
         return ElevationField(load_npy(path, AGAIN), None, None, source)
-    if path.suffix == ".npz":
+    if suffix == ".npz":
         return _from_arrays(load_npz(path, AGAIN), variable, source)
-    if path.suffix in (".nc", ".nc4", ".netcdf"):
+    if suffix in (".nc", ".nc4", ".netcdf"):
         return _from_netcdf(path, variable, source)
     raise InputError(f"{source} is a .nc, .npz or .npy file, not {path.suffix!r}")
 
@@ -145,27 +151,36 @@ def _of_dataset(dataset: xarray.Dataset, variable: str, source: str) -> Elevatio
     unit = field.attrs.get("units")
     remedy = "write its unit as the attribute units of the variable"
     factor, offset = conversion(HEIGHT, None if unit is None else str(unit), f"{source}: {name!r}", remedy)
-    lat, lon = (
-        _coordinate(field, names, unit) for names, unit in ((LATITUDES, "degrees_n"), (LONGITUDES, "degrees_e"))
-    )
-    if lat is not None and lat.ndim != 1:  # a curvilinear grid, which is taken as it lies
-        lat = lon = None
-    across = [_dimension(field, lat, LATITUDES, "yj"), _dimension(field, lon, LONGITUDES, "xi")]
+    lat = _coordinate(field, LATITUDES, OF_LATITUDES)
+    lon = _coordinate(field, LONGITUDES, OF_LONGITUDES)
+    if lat is not None and lon is not None and lat.dims == lon.dims and lat.ndim == 1:
+        raise InputError(
+            f"{source} has a latitude and a longitude for each point along {lat.dims[0]!r}, and no grid: regrid it to "
+            "rows and columns"
+        )
+    if (lat is not None and lat.ndim > 1) or (lon is not None and lon.ndim > 1):
+        lat = lon = None  # a curvilinear grid, which is taken as it lies
+    rows, columns = _dimension(field, lat, LATITUDES, "yj"), _dimension(field, lon, LONGITUDES, "xi")
+    if rows is None or columns is None:
+        rows, columns = _last_two(field, rows, columns, source)
     for dimension, size in field.sizes.items():
-        if dimension not in across and size > 1:
+        if dimension not in (rows, columns) and size > 1:
             field = _the_same_along(field, str(dimension), source)
-    field = field.squeeze([dimension for dimension in field.dims if dimension not in across], drop=True)
-    if None not in across:
-        field = field.transpose(*across)
-    values = field.values.astype(np.float64) * factor + offset
+    field = field.squeeze([dimension for dimension in field.dims if dimension not in (rows, columns)], drop=True)
+    values = field.transpose(rows, columns).values.astype(np.float64) * factor + offset
     return _field(values, None if lat is None else lat.values, None if lon is None else lon.values, source)
 
 
-def _coordinate(field: xarray.DataArray, names: tuple[str, ...], unit: str) -> xarray.DataArray | None:
-    """Latitudes or longitudes, by name or else by their unit."""
-    for name, coordinate in field.coords.items():
-        if str(name).lower() in names or str(coordinate.attrs.get("units", "")).lower().startswith(unit):
-            return coordinate if coordinate.ndim else None
+def _coordinate(field: xarray.DataArray, names: tuple[str, ...], unit: re.Pattern[str]) -> xarray.DataArray | None:
+    """Latitudes or longitudes along the field, by name, or else by what CF says of them: standard name or unit."""
+    along = {str(name): coordinate for name, coordinate in field.coords.items() if coordinate.ndim}
+    for name, coordinate in along.items():
+        if name.lower() in names:
+            return coordinate
+    for coordinate in along.values():
+        standard = coordinate.attrs.get("standard_name")
+        if standard in names or (standard is None and unit.match(str(coordinate.attrs.get("units", "")))):
+            return coordinate
     return None
 
 
@@ -173,7 +188,25 @@ def _dimension(field: xarray.DataArray, along: xarray.DataArray | None, names: t
     """The dimension of a coordinate; where there is none, the one whose name says so, or None."""
     if along is not None:
         return along.dims[0]
-    return next((name for name in field.dims if str(name).lower() in names or str(name).lower()[:1] in letters), None)
+    named = {name: str(name).lower().removeprefix("n") for name in field.dims}
+    return next((name for name, lower in named.items() if lower in names or lower[:1] in letters), None)
+
+
+def _last_two(field: xarray.DataArray, rows: Any, columns: Any, source: str) -> tuple[Any, Any]:
+    """Rows and columns where names do not tell both: a file's last two dimensions, as CF recommends."""
+    if field.ndim < 2:
+        raise InputError(f"{source} holds a field [latitude, longitude], not {list(field.sizes.values())}")
+    last = list(field.dims[-2:])
+    for known in (rows, columns):
+        if known is not None and known not in last:
+            raise InputError(
+                f"{source}: which of the dimensions {', '.join(map(str, field.dims))} of {field.name!r} are latitude "
+                "and longitude is not known: name them so"
+            )
+    if rows is None and columns is None:
+        return last[0], last[1]
+    (other,) = [dimension for dimension in last if dimension not in (rows, columns)]
+    return (rows, other) if columns is None else (other, columns)
 
 
 def _the_same_along(field: xarray.DataArray, dimension: str, source: str) -> xarray.DataArray:
@@ -189,15 +222,32 @@ def _the_same_along(field: xarray.DataArray, dimension: str, source: str) -> xar
 
 def _field(values: np.ndarray, lat: Any, lon: Any, source: str) -> ElevationField:
     """A field whose coordinates are such; those of a curvilinear grid are left out."""
-    if np.ndim(lat) != 1 or np.ndim(lon) != 1:
-        lat = lon = None
-    if lat is not None and lon is not None:
-        for name, degrees in (("latitudes", lat), ("longitudes", lon)):
-            if not np.isfinite(degrees).all() or len(np.unique(degrees)) < np.size(degrees):
-                raise InputError(f"{source}: its {name} are finite numbers, each there once: mend the file")
-        if np.abs(lat).max() > 90 + 1e-6:
-            raise InputError(f"{source}: its latitudes are within [-90, 90] degrees, not up to {np.abs(lat).max():g}")
-    return ElevationField(values, lat, lon, source)
+    if (lat is None) != (lon is None):
+        has, lacks = ("latitudes", "longitudes") if lon is None else ("longitudes", "latitudes")
+        raise InputError(f"{source} has {has} and no {lacks}: write both, or neither")
+    if lat is None or np.ndim(lat) != 1 or np.ndim(lon) != 1:
+        return ElevationField(values, None, None, source)
+    for name, degrees in (("latitudes", lat), ("longitudes", lon)):
+        if not np.size(degrees) or not np.isfinite(degrees).all() or len(np.unique(degrees)) < np.size(degrees):
+            raise InputError(f"{source}: its {name} are finite numbers, each there once: mend the file")
+    if np.abs(lat).max() > 90 + 1e-6:
+        raise InputError(f"{source}: its latitudes are within [-90, 90] degrees, not up to {np.abs(lat).max():g}")
+    field = ElevationField(values, lat, lon, source)
+    return _without_the_column_that_comes_twice(field)
+
+
+def _without_the_column_that_comes_twice(field: ElevationField) -> ElevationField:
+    """Files made for maps go on to the meridian that they began with, which would count twice."""
+    lon = np.asarray(field.lon, dtype=np.float64)
+    if len(lon) < 3 or abs(abs(lon[-1] - lon[0]) - ROUND) > 0.01 * abs(lon[1] - lon[0]):
+        return field
+    first, last = field.values[:, 0], field.values[:, -1]
+    if not np.allclose(first, last, atol=1.0, equal_nan=True):
+        raise InputError(
+            f"{field.source} has the meridian at {lon[0]:g} degrees twice, with other values at {lon[-1]:g}: mend the "
+            "file"
+        )
+    return replace(field, values=field.values[:, :-1], lon=lon[:-1])
 
 
 def _first(arrays: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -207,8 +257,19 @@ def _first(arrays: dict[str, Any], names: tuple[str, ...]) -> Any:
 def _shares(have: np.ndarray, want: np.ndarray, axis: str, source: str, period: float | None) -> np.ndarray:
     """How much of each of the file's cells goes into each of the data's, `[wanted, had]`; rows sum to one."""
     have = np.asarray(have, dtype=np.float64)
-    finer = _spacing(have, period) < SAME_SPACING * _spacing(want, period)
-    return _overlaps(have, want, axis, source, period) if finer else _matches(have, want, axis, source, period)
+    steps = np.diff(have if period is None else np.unwrap(have, period=period))
+    if not ((steps > 0).all() or (steps < 0).all()):
+        raise InputError(f"{source}: its {axis}s rise or fall all along, and these do not: sort the file by {axis}")
+    if len(want) == 1 or not _spacing(have, period) < SAME_SPACING * _spacing(want, period):
+        return _matches(have, want, axis, source, period)
+    skips = np.abs(steps) > WIDEST_STEP * np.median(np.abs(steps))
+    if skips.any():
+        before, after = have[:-1][skips][0], have[1:][skips][0]
+        raise InputError(
+            f"{source} has no {axis} between {before:g} and {after:g}, and elsewhere one every "
+            f"{np.median(np.abs(steps)):g} degrees: averages need all of them; give a file without gaps"
+        )
+    return _overlaps(have, want, axis, source, period)
 
 
 def _spacing(degrees: np.ndarray, period: float | None) -> float:

@@ -97,6 +97,7 @@ class TerrainReader(nn.Module):
         self.register_buffer("control_order", shuffled(tokens, control_seed), persistent=False)
         self._first_channel: Tensor  # the ground that is static, standardised
         self.register_buffer("_first_channel", torch.full(self.img_size, math.nan), persistent=False)
+        self._lacking: dict[str, str] = {}  # kind -> who was asked for statistics, and what it has none of
         self._sources: dict[str, str] = {}  # buffer -> where its value is from; absent: not set
         self._field = elevation_file  # waits here until the data's latitudes are known
         self._announced = False
@@ -117,7 +118,10 @@ class TerrainReader(nn.Module):
         """
         wanted = {"elevation": (self.elevation_variable,), "wind": self.wind_variables or ()}
         for kind, variables in wanted.items():
-            if variables and all(name in mean and name in std for name in variables):
+            lacking = [name for name in variables if name not in mean or name not in std]
+            if lacking:
+                self._lacking[kind] = f"{source} has none of {' and '.join(map(repr, lacking))}"
+            elif variables:
                 for name in variables:
                     if not 0 < std[name] < math.inf:
                         raise InputError(
@@ -309,10 +313,14 @@ class TerrainReader(nn.Module):
         if f"{kind}_std" not in self._sources:
             raise InputError(
                 f"the terrain bias needs the mean and standard deviation that standardised {name!r}, to have it in "
-                f"{'metres' if kind == 'elevation' else 'm/s'}: add climax_elevation.training.TerrainCallback to the "
-                "trainer's callbacks, or set bias_args.stats_dir to the folder of normalize_mean.npz and "
-                f"normalize_std.npz, or {without}"
+                f"{'metres' if kind == 'elevation' else 'm/s'}{self._asked(kind)}: add "
+                "climax_elevation.training.TerrainCallback to the trainer's callbacks, or set bias_args.stats_dir to "
+                f"the folder of normalize_mean.npz and normalize_std.npz, or {without}"
             )
+
+    def _asked(self, kind: str) -> str:
+        """Who was asked for statistics in vain."""
+        return f" ({self._lacking[kind]})" if kind in self._lacking else ""
 
     def _judged(self, terrain: Terrain, x: Tensor, variables: Sequence[str]) -> Tensor:
         """The elevation, once it is known, or on its way to being known, that all of this batch is as it should be."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from climax_elevation.errors import InputError
-from climax_elevation.files import load_npy, load_npz
+from climax_elevation.files import load_npy, load_scalars
 from climax_elevation.terrain.reader import TerrainReader
 
 REMEDY = "copy it again from the data that the model was trained on, or name another stats_dir"
@@ -19,7 +19,7 @@ def read_folder(reader: TerrainReader, folder: str | Path) -> None:
         folder: Has normalize_mean.npz and normalize_std.npz, and may have lat.npy and lon.npy.
 
     Raises:
-        InputError: If the statistics are absent, or disagree with what the reader knows.
+        InputError: If the statistics are absent or damaged, or disagree with what the reader knows.
     """
     folder = Path(folder)
     for name in ("normalize_mean.npz", "normalize_std.npz"):
@@ -27,19 +27,13 @@ def read_folder(reader: TerrainReader, folder: str | Path) -> None:
             raise InputError(f"stats_dir {folder} has no {name}; give the folder that holds it, beside train/ and val/")
     source = f"stats_dir {folder}"
     reader.set_statistics(
-        _scalars(folder / "normalize_mean.npz"), _scalars(folder / "normalize_std.npz"), source=source
+        load_scalars(folder / "normalize_mean.npz", REMEDY), load_scalars(folder / "normalize_std.npz", REMEDY), source
     )
     # a curvilinear grid has its true coordinates in two dimensions, beside lat.npy's means of rows
     for lat, lon in (("lat2d.npy", "lon2d.npy"), ("lat.npy", "lon.npy")):
-        if (folder / lat).exists() and (folder / lon).exists():
+        there = [name for name in (lat, lon) if (folder / name).exists()]
+        if len(there) == 1:
+            raise InputError(f"stats_dir {folder} has {there[0]} alone of {lat} and {lon}: {REMEDY}")
+        if there:
             reader.set_grid(load_npy(folder / lat, REMEDY), load_npy(folder / lon, REMEDY), source=source)
             return
-
-
-def _scalars(path: Path) -> dict[str, float]:
-    """One number a variable: the shard format has arrays of shape (1,)."""
-    arrays = load_npz(path, REMEDY)
-    for name, values in arrays.items():
-        if values.size != 1:
-            raise InputError(f"{path} has one number a variable, and of {name!r} {values.size}: {REMEDY}")
-    return {name: float(values.item()) for name, values in arrays.items()}
