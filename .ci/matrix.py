@@ -90,8 +90,8 @@ def page(runs: list[Run]) -> str:
 TEXT = """\
 # What works where?
 
-What the tests were run with, and where. The lowest versions that `setup.cfg` allows are {lowest};
-their row says "not measured" until all of them were run together.
+What the tests were run with, and where. The lowest versions that `setup.cfg` allows are
+{lowest}; their row says "not measured" until all of them were run together.
 
 {table}
 
