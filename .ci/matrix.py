@@ -91,7 +91,8 @@ TEXT = """\
 # What works where?
 
 What the tests were run with, and where. The lowest versions that `setup.cfg` allows are
-{lowest}; their row says "not measured" until all of them were run together.
+{lowest};
+their row says "not measured" until all of them were run together.
 
 {table}
 
