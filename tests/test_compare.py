@@ -272,7 +272,7 @@ def test_a_stopped_comparison_goes_on(config: Path, done: Comparison, tmp_path: 
         os.killpg(process.pid, how)  # as a terminal does, to all of its processes
     else:
         process.kill()
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=30)
     finished = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/seed*/run.json")}
     assert len(finished) < 6
     if how is signal.SIGINT:

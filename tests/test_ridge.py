@@ -249,9 +249,9 @@ def test_eight_thousand_patches_in_under_a_minute():
     import time
 
     terrain = global_terrain((64, 128), dtype=torch.float32)
-    started = time.thread_time()  # a machine that does other work too takes longer by the clock
+    started = time.perf_counter()
     excess = path_excess(terrain).half_metres
-    assert time.thread_time() - started < 60
+    assert time.perf_counter() - started < 60
     assert excess.dtype == torch.int16
     assert excess.shape == (8192, 8192)
     assert torch.equal(excess[:64, :64], excess[:64, :64].T)
