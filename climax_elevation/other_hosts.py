@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from climax_elevation.attachment import built_bias, chosen_blocks, terrain_block
@@ -17,8 +16,7 @@ from climax_elevation.block import HandedIn, TerrainBlock, check_host_block
 from climax_elevation.checks import count, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.terrain.fields import Terrain
-from climax_elevation.terrain.reader import check_values
-from climax_elevation.watch import judged
+from climax_elevation.terrain.reader import judged_terrain, no_channel
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +108,8 @@ def terrain_given(model: nn.Module, terrain: Terrain) -> Iterator[None]:
                 f"the model's patches are all those of a grid of {place.grid[0]} x {place.grid[1]}, and the terrain is "
                 f"of {part}{terrain.grid[0]} x {terrain.grid[1]}"
             )
-        _check(terrain, place.terrain_is_flat)
+        beside = no_channel(terrain.elevation_m)
+        judged_terrain(terrain, beside, "the terrain that was handed in", "", "u and v", place.terrain_is_flat)
         block.attn.bias.prepare(terrain)  # at every call, since the ground may be another
         given.append(block.attn.bias.inputs(terrain))
     before = [place.bias_inputs for place in places]
@@ -155,14 +154,3 @@ def _grid(model: nn.Module, grid: tuple[int, int] | None) -> tuple[int, int]:
             "out"
         )
     return rows, columns
-
-
-def _check(terrain: Terrain, flat: bool) -> None:
-    """The values are those of metres and m/s."""
-    z = terrain.elevation_m.detach().float()
-    nothing = z.new_zeros(())
-    fastest = nothing if terrain.speed is None else terrain.speed.detach().float().amax()
-    numbers = torch.stack(
-        [*z.aminmax(), z.std(dim=1, correction=0).min(), fastest, nothing, nothing + 1, nothing, nothing]
-    )
-    judged(terrain.elevation_m, numbers, check_values, "the terrain that was handed in", "", "u and v", flat)

@@ -324,19 +324,15 @@ class TerrainReader(nn.Module):
 
     def _judged(self, terrain: Terrain, x: Tensor, variables: Sequence[str]) -> Tensor:
         """The elevation, once it is known, or on its way to being known, that all of this batch is as it should be."""
-        z = terrain.elevation_m.detach()
-        no_wind = z.new_zeros(())
-        numbers = [*z.aminmax(), z.std(dim=1, correction=0).min()]
-        numbers.append(no_wind if terrain.speed is None else terrain.speed.detach().amax())
-        numbers += self._of_channel(x.detach(), variables)
-        context = (self._origin, self.elevation_variable, " and ".join(self.wind_variables or ()), self.terrain_is_flat)
-        return judged(terrain.elevation_m, torch.stack(numbers), check_values, *context)
+        winds = " and ".join(self.wind_variables or ())
+        beside = self._of_channel(x.detach(), variables)
+        return judged_terrain(terrain, beside, self._origin, self.elevation_variable, winds, self.terrain_is_flat)
 
     def _of_channel(self, x: Tensor, variables: Sequence[str]) -> list[Tensor]:
         """How far static ground moves, metres; correlation with a file, and the standard deviations of both."""
-        nothing = x.new_zeros((), dtype=torch.float32)
+        nothing, one, *_ = no_channel(self.elevation_m)
         if self.elevation_variable not in variables:
-            return [nothing, nothing + 1, nothing, nothing]
+            return no_channel(self.elevation_m)
         channel = x[:, list(variables).index(self.elevation_variable)].float()
         if "elevation_m" in self._sources:
             pair = downsample_elevation(channel, self.patch_size), self.elevation_m.expand(len(channel), -1)
@@ -345,8 +341,8 @@ class TerrainReader(nn.Module):
             correlation = (seen * of_file).mean(dim=1) / (spreads[0] * spreads[1]).clamp_min(1e-12)
             return [nothing, correlation.min(), spreads[0].min(), spreads[1].min()]
         if not self.static_terrain:
-            return [nothing, nothing + 1, nothing, nothing]
-        return [(channel - self._first_channel).abs().amax() * self.elevation_std, nothing + 1, nothing, nothing]
+            return no_channel(self.elevation_m)
+        return [(channel - self._first_channel).abs().amax() * self.elevation_std, one, nothing, nothing]
 
     @property
     def _origin(self) -> str:
@@ -390,8 +386,31 @@ def _wind_range(speed: Tensor | None) -> str:
     return "" if speed is None else f", wind up to {speed.max().item():.1f} m/s"
 
 
+def judged_terrain(
+    terrain: Terrain, beside: Sequence[Tensor], origin: str, channel: str, winds: str, flat: bool
+) -> Tensor:
+    """The elevation of a terrain whose values are judged.
+
+    Args:
+        terrain: Of the whole grid.
+        beside: How far static ground moved, metres; of a file with the channel their correlation, and the standard
+            deviations of channel and file. `no_channel`, where there is neither.
+        origin, channel, winds, flat: As `_check_values`.
+    """
+    z = terrain.elevation_m.detach().float()
+    fastest = z.new_zeros(()) if terrain.speed is None else terrain.speed.detach().float().amax()
+    numbers = torch.stack([*z.aminmax(), z.std(dim=1, correction=0).min(), fastest, *beside])
+    return judged(terrain.elevation_m, numbers, _check_values, origin, channel, winds, flat)
+
+
+def no_channel(like: Tensor) -> list[Tensor]:
+    """What is beside an elevation that no channel and no file are compared with, on the device of `like`."""
+    nothing = like.new_zeros((), dtype=torch.float32)
+    return [nothing, nothing + 1, nothing, nothing]
+
+
 @judge
-def check_values(numbers: list[float], origin: str, channel: str, winds: str, flat: bool) -> None:
+def _check_values(numbers: list[float], origin: str, channel: str, winds: str, flat: bool) -> None:
     """The values are metres and m/s, and the ground is the one that it is said to be.
 
     Args:

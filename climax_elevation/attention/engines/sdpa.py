@@ -26,7 +26,7 @@ def sdpa_attention(
     """softmax(scale * q k^T + b) v, fused.
 
     Torch wants the mask in q's type: in half precision the bias is rounded to it, by at most
-    |b| * 2^-11 in float16 and |b| * 2^-9 in bfloat16. Factors are used in float32 and wider only.
+    |b| * 2^-11 in float16 and |b| * 2^-8 in bfloat16. Factors are used in float32 and wider only.
     """
     with torch.autocast(q.device.type, enabled=False), _kernels():
         factors = bias.factors(*inputs) if q.dtype in WIDE else None
