@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from climax_elevation.errors import InputError
 from climax_elevation.transforms import tracing, transforming
 
 
@@ -74,10 +75,9 @@ def judged(values: Tensor, numbers: Tensor, by: Judge, *context: str | bool) -> 
 def settle() -> None:
     """Wait for all numbers that are still on their way, and judge them."""
     while _arriving:
-        first = _arriving.popleft()
-        if not first.has_arrived():
+        if not _arriving[0].has_arrived():
             torch.cuda.synchronize()
-        first.judge.decide(first.numbers.tolist(), *first.context)
+        _decide_first()
 
 
 def _look(numbers: Tensor, by: Judge, context: tuple[Any, ...]) -> None:
@@ -88,8 +88,16 @@ def _look(numbers: Tensor, by: Judge, context: tuple[Any, ...]) -> None:
         return
     _arriving.append(_Arriving(*_sent(numbers), by, context))
     while _arriving and _arriving[0].has_arrived():
-        first = _arriving.popleft()
+        _decide_first()
+
+
+def _decide_first() -> None:
+    first = _arriving.popleft()
+    try:
         first.judge.decide(first.numbers.tolist(), *first.context)
+    except InputError:
+        _arriving.clear()  # the rest is of the run that ends here, and must not end the next one
+        raise
 
 
 def _on_host(numbers: Tensor) -> bool:

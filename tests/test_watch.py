@@ -150,6 +150,36 @@ def test_on_a_device_numbers_are_judged_once_they_have_arrived(monkeypatch):
         watch.settle()
 
 
+def as_on_a_device(monkeypatch):
+    """Numbers arrive only where someone waits for them."""
+    monkeypatch.setattr(watch, "_sent", lambda numbers: (numbers.clone(), lambda: False))
+    monkeypatch.setattr(watch, "_on_host", lambda numbers: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def test_no_state_is_handed_out_before_its_batches_are_judged(monkeypatch):
+    """Of a checkpoint in the middle of an epoch, or of torch.save in a loop of one's own."""
+    as_on_a_device(monkeypatch)
+    made = model("physics").eval()
+    predict(made)
+    made.state_dict()
+    monkeypatch.setattr(made.terrain, "elevation_std", made.terrain.elevation_std * 1e4)
+    predict(made)
+    with pytest.raises(InputError, match="outside -500 to 9000 m"):
+        made.state_dict()
+
+
+def test_an_error_leaves_nothing_for_the_next_run(monkeypatch):
+    as_on_a_device(monkeypatch)
+    look = lambda apart: watch.judged(torch.zeros(1), torch.tensor([apart]), _check_ground)  # noqa: E731
+    for apart in (0.0, 5.0, 6.0, 7.0):
+        look(apart)
+    with pytest.raises(InputError, match="up to 5 m"):
+        watch.settle()
+    look(0.0)
+    watch.settle()
+
+
 @pytest.mark.parametrize("options", [{}, {"static_terrain": True}, {"control": "permuted"}, {"patch_order": "wind"}])
 def test_a_reader_in_a_compiled_model_breaks_no_graph(options):
     made = model("physics", **options).eval()

@@ -18,7 +18,7 @@ from climax_elevation.terrain.controls import controlled, shuffled
 from climax_elevation.terrain.elevation_file import ElevationField
 from climax_elevation.terrain.fields import Terrain, downsample_elevation, downsample_wind
 from climax_elevation.terrain.plausible import HIGHEST_M, LOWEST_M
-from climax_elevation.watch import judge, judged
+from climax_elevation.watch import judge, judged, settle
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +227,10 @@ class TerrainReader(nn.Module):
         )
         self._sources |= dict.fromkeys(loaded, "the checkpoint")
         self._changed()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        settle()  # no checkpoint of a model that has learned from a batch which is refused a step later
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TerrainReader:
         # Buffers follow the model to its device, not to half precision: 8000 m would lose metres.
