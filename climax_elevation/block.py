@@ -469,7 +469,7 @@ def _check_precision(bias_inputs: Tensors) -> None:
         if values.is_floating_point() and values.dtype.itemsize < 4:
             raise InputError(
                 f"terrain came to a block as {values.dtype}, which rounds it by metres: hand it on in float32; under "
-                "FSDP2 with MixedPrecisionPolicy(..., cast_forward_inputs=False)"
+                "FSDP2 take torch.autocast in the place of a MixedPrecisionPolicy with param_dtype"
             )
 
 

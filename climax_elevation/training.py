@@ -149,7 +149,7 @@ class OwnRate:
 
 
 def read_older_scalars(optimizer: Optimizer, parameters: list[nn.Parameter]) -> RemovableHandle:
-    """Have an optimiser give what it loads of `parameters`, where that is of shape (), the shape (1,) that they have."""
+    """From now on what an optimiser loads of `parameters` of shape (1,) gets that shape, where it has none."""
 
     def give_dimension(optimizer: Optimizer) -> None:
         for parameter in parameters:

@@ -186,7 +186,7 @@ def like_parameters(saved: Mapping[str, Any], parameters: Mapping[str, Tensor]) 
     return found
 
 
-def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
+def _placed(tensor: Tensor, parameter: Any) -> Tensor:
     """On the processes where a parameter is, if FSDP2 has spread it over several."""
     if not hasattr(parameter, "device_mesh") or hasattr(tensor, "device_mesh"):
         return tensor

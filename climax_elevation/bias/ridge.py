@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from climax_elevation.bias.base import ElevationBias, Tensors, scalar, take_tokens
