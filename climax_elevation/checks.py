@@ -42,3 +42,17 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
     if value not in choices:
         raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
     return value
+
+
+def share(name: str, value: float) -> float:
+    """`value` as a float; InputError unless it is a number from 0 on, below 1."""
+    if not 0 <= finite(name, value) < 1:
+        raise InputError(f"{name} is a number from 0 to below 1, not {value!r}")
+    return float(value)
+
+
+def text(name: str, value: str) -> str:
+    """`value`; InputError unless it is a text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{name} is a text, and not empty, not {value!r}")
+    return value
