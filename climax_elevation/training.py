@@ -191,6 +191,16 @@ def read_datamodule(module: nn.Module, datamodule: Any) -> None:
             _read(part, datamodule)
 
 
+def check_datamodule(module: nn.Module, datamodule: Any) -> None:
+    """`read_datamodule`, and InputError unless the data have all that the terrain is read from."""
+    read_datamodule(module, datamodule)
+    variables = _variables(datamodule)
+    for part in module.modules():
+        if isinstance(part, TerrainSeam):
+            for names in variables.values() if isinstance(variables, dict) else [variables]:
+                part.check_channels(names)
+
+
 def bias_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The biases' parameters, by their name in the model."""
     return {

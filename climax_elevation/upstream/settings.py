@@ -101,6 +101,11 @@ def _sides(name: str, value: Any) -> None:
         count(name, side)
 
 
+def _file_or_none(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{name} is the name of a file, or '' for none, not {value!r}")
+
+
 TRAINER: dict[str, Rule] = {
     "accumulate_grad_batches": count,
     "check_val_every_n_epoch": _or_none(count),
@@ -108,7 +113,7 @@ TRAINER: dict[str, Rule] = {
     "num_sanity_val_steps": _or_none(_whole(-1)),
     "gradient_clip_val": _or_none(_not_negative),
 }
-MODEL: dict[str, Rule] = {"beta_1": share, "beta_2": share, "pretrained_path": lambda name, value: _path(name, value)}
+MODEL: dict[str, Rule] = {"beta_1": share, "beta_2": share, "pretrained_path": _file_or_none}
 NETWORK: dict[str, Rule] = {
     "default_vars": _names,
     "img_size": _sides,
@@ -138,9 +143,3 @@ DATA: dict[str, Rule] = {
     "num_workers": _whole(0),
     "pin_memory": true_or_false,
 }
-
-
-def _path(name: str, value: Any) -> None:
-    """"" stands for none."""
-    if not isinstance(value, str):
-        raise InputError(f"{name} is a file, or '' for none, not {value!r}")
