@@ -20,8 +20,9 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.strategies import ParallelStrategy
 
 from climax_elevation.errors import InputError
+from climax_elevation.files import check_folder
 from climax_elevation.training import TerrainCallback, check_datamodule
-from climax_elevation.upstream.settings import check_folder, check_settings
+from climax_elevation.upstream.settings import check_settings
 
 OWN, LIGHTNING = "climax_elevation", ("pytorch_lightning", "lightning_fabric")
 # what the parser says, and how it is said here
@@ -34,7 +35,7 @@ KINDS = {
     **{"int": "whole number", "float": "number", "bool": "true or false", "str": "text", "NoneType": "null"},
     **{"list": "list", "collections.abc.Sequence": "list", "collections.abc.Iterable": "list", "dict": "mapping"},
 }
-PHRASES = {
+PHRASES: dict[str, Any] = {
     r'Parser key "([\w.]+)":': r"\1:",
     r"Problem with given class_path '([\w.]+)':": r"\1:",
     r"(, or )?Expected (an? )?(typing\.Literal)?": lambda found: f"{found[1] or 'expected '}",
@@ -91,7 +92,8 @@ class TrainingCLI(LightningCLI):
             # a script without that series does not hand it on
             self.trainer.fit = functools.partial(self.trainer.fit, ckpt_path=self.config.ckpt_path)  # type: ignore[method-assign]
         self._check_folders()
-        if any(isinstance(callback, TerrainCallback) for callback in self.trainer.callbacks):
+        trainer: Any = self.trainer
+        if any(isinstance(callback, TerrainCallback) for callback in trainer.callbacks):
             check_datamodule(self.model, self.datamodule)
         if self.config.trainer.fast_dev_run:
             # upstream's scripts test the best checkpoint, and this saves none
@@ -99,7 +101,8 @@ class TrainingCLI(LightningCLI):
 
     def _check_folders(self) -> None:
         """Before anything is written, that all can be."""
-        for part in (*self.trainer.loggers, *self.trainer.callbacks):
+        trainer: Any = self.trainer
+        for part in (*trainer.loggers, *trainer.callbacks):
             for name in ("save_dir", "dirpath"):
                 folder = getattr(part, name, None)
                 if isinstance(folder, str | os.PathLike):

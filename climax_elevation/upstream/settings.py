@@ -5,9 +5,7 @@ Both hosts are asked the same here; what else they ask is their own.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from climax_elevation.checks import count, finite, positive, share, text, true_or_false
@@ -34,24 +32,18 @@ def check_settings(config: Mapping[str, Any]) -> None:
     least, most = trainer.get("min_epochs"), trainer.get("max_epochs")
     if least is not None and most is not None and -1 < most < least:
         raise InputError(f"trainer.min_epochs is at most trainer.max_epochs ({most}), not {least}")
-    network = (config.get("model") or {}).get("net")
+    model = config.get("model") or {}
+    if "warmup_epochs" in model and not 0 <= model["warmup_epochs"] < model["max_epochs"]:
+        raise InputError(
+            f"model.warmup_epochs is from 0 to model.max_epochs ({model['max_epochs']}, both in steps), not "
+            f"{model['warmup_epochs']}"
+        )
+    network = model.get("net")
     if isinstance(network, Mapping) and str(network.get("class_path")).startswith(HOSTS):
         given = network.get("init_args") or {}
         _check("model.net.init_args", given, NETWORK)
         if given.get("use_physics_mask"):
             _check("model.net.init_args", given, {"bias_type": text})
-
-
-def check_folder(name: str, path: str | Path) -> None:
-    """Raise InputError unless a folder is there, or can be made, and written to; nothing is left of the trial."""
-    if "://" in str(path):
-        return
-    wanted = Path(path).absolute()
-    there = next(folder for folder in (wanted, *wanted.parents) if folder.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=there, prefix=".climax-elevation-").cleanup()
-    except OSError as error:
-        raise InputError(f"{name} {path} cannot be written to ({there}: {error.strerror}): name another") from error
 
 
 def _check(part: str, given: Any, rules: Mapping[str, Rule]) -> None:
@@ -113,7 +105,12 @@ TRAINER: dict[str, Rule] = {
     "num_sanity_val_steps": _or_none(_whole(-1)),
     "gradient_clip_val": _or_none(_not_negative),
 }
-MODEL: dict[str, Rule] = {"beta_1": share, "beta_2": share, "pretrained_path": _file_or_none}
+MODEL: dict[str, Rule] = {
+    "lr": lambda name, value: positive(name, value, "learning rate"),
+    "beta_1": share,
+    "beta_2": share,
+    "pretrained_path": _file_or_none,
+}
 NETWORK: dict[str, Rule] = {
     "default_vars": _names,
     "img_size": _sides,
