@@ -10,7 +10,11 @@ from climax_elevation.errors import InputError
 
 def finite(name: str, value: float) -> float:
     """`value` as a float; InputError unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        known = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        known = False
+    if not known:
         raise InputError(f"{name} is a finite number, not {value!r}")
     return float(value)
 
@@ -41,4 +45,18 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
     choices = tuple(choices)
     if value not in choices:
         raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def share(name: str, value: float) -> float:
+    """`value` as a float; InputError unless it is a finite number of 0 or more, below 1."""
+    if not 0 <= finite(name, value) < 1:
+        raise InputError(f"{name} is a share from 0 to below 1, not {value!r}")
+    return float(value)
+
+
+def text(name: str, value: str) -> str:
+    """`value`; InputError unless it is a text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{name} is a text, and not empty, not {value!r}")
     return value

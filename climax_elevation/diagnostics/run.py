@@ -120,6 +120,8 @@ def _classes(config: dict[str, Any], climax: Path | None) -> Iterator[tuple[type
     """The module's and the data module's class, of the host that the run had."""
     net = config["model"].get("net")
     host = net.get("class_path") if isinstance(net, dict) else None
+    if host == STAND_IN_CLASS and climax is not None:
+        raise InputError(f"the run is one of the stand-in host, and {climax} would not be used: leave out --climax")
     if host == STAND_IN_CLASS:
         from climax_elevation.host.module import GlobalForecastModule
         from climax_elevation.host.shards import GlobalForecastDataModule

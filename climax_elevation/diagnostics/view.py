@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -216,7 +217,8 @@ def _patch(lat: Array, lon: Array, grid: tuple[int, int], place: Place) -> int:
     centres = _vectors(lat, lon)
     nearest = (centres - _vectors(*place)).norm(dim=-1)
     chosen = int(nearest.argmin())
-    if not -90 <= place[0] <= 90 or nearest[chosen] > ROOM * _spacing(centres, grid, chosen):
+    known = -90 <= place[0] <= 90 and math.isfinite(place[1])
+    if not known or nearest[chosen] > ROOM * _spacing(centres, grid, chosen):
         raise InputError(
             f"({place[0]:g}, {place[1]:g}) is outside the grid, whose patches have centres from latitude "
             f"{lat.min():g} to {lat.max():g} and longitude {lon.min():g} to {lon.max():g}"

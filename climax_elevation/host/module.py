@@ -17,6 +17,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from climax_elevation.bias.base import like_parameters
 from climax_elevation.errors import InputError
 from climax_elevation.host.metrics import lat_weighted_acc, lat_weighted_mse, lat_weighted_mse_val, lat_weighted_rmse
 from climax_elevation.host.shards import Normalize
@@ -191,6 +192,7 @@ def load_pretrained(module: nn.Module, source: str) -> None:
     """
     saved = {key.replace("channel", "var"): value for key, value in _read_weights(source).items()}
     own = module.state_dict()
+    saved = like_parameters(saved, own)
     fitting = {key: value for key, value in saved.items() if key in own and value.shape == own[key].shape}
     if not fitting:
         raise InputError(f"no weight in {source} fits the model: its keys begin with {', '.join(list(saved)[:3])}")
