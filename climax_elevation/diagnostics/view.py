@@ -286,15 +286,15 @@ def error_field(run: Run, part: str, variable: str | None) -> tuple[Field, str]:
     """
     loader = getattr(run.datamodule, f"{one_of('part', part, PARTS)}_dataloader")
     total, count = torch.zeros(()), 0
+    lat, lon = map(np.asarray, run.datamodule.get_lat_lon())
     with evaluating(run.module):
-        for y, predicted, names, pixels in forecasts(run.module, run.datamodule, loader()):
+        for y, predicted, names, (rows, columns) in forecasts(run.module, run.datamodule, loader()):
             variable = one_of("variable", names[0] if variable is None else variable, names)
             error = (predicted - y)[:, names.index(variable)].double().square()
             total, count = total.to(error) + error.sum(dim=0), count + len(error)
+            region = lat[rows], lon[columns]
     assert variable is not None
-    lat, lon = run.datamodule.get_lat_lon()
-    rows, columns = pixels
-    return Field(np.asarray(lat)[rows], np.asarray(lon)[columns], (total / count).sqrt().cpu().numpy()), variable
+    return Field(*region, (total / count).sqrt().cpu().numpy()), variable
 
 
 def ground_field(run: Run, part: str) -> Field:
