@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from climax_elevation.errors import InputError
@@ -111,6 +113,41 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--regrid", metavar="DEGREES", help="to ClimaX's grid of 5.625, 2.8125 or 1.40625 degrees")
     prepare.set_defaults(run=_prepare)
 
+    forecast = commands.add_parser(
+        "forecast",
+        help="from a trained run and a file of states to a netCDF file of forecasts",
+        description="Forecasts from states in SOURCE with a finished or running training, of either host. Statistics, "
+        "variables, grid and lead time are the run's.",
+    )
+    forecast.add_argument("folder", type=Path, metavar="RUN", help="folder of a run of train or compare")
+    forecast.add_argument("source", metavar="SOURCE", help="netCDF, GRIB or Zarr, as prepare takes it")
+    forecast.add_argument("out", type=Path, metavar="OUT.nc", help="file to write")
+    forecast.add_argument(
+        "--start",
+        nargs="+",
+        default=["last"],
+        metavar="DATE",
+        help="forecast from all times in this year or date, or from one to another; last, or all, of the source "
+        "(default: last)",
+    )
+    forecast.add_argument("--steps", type=int, default=1, metavar="N", help="forecasts fed back (default: 1)")
+    forecast.add_argument(
+        "--others",
+        choices=["keep", "source"],
+        help="inputs of further steps that are not forecast: as at the start, or read from SOURCE at each time",
+    )
+    forecast.add_argument(
+        "--bias-scale", type=float, default=1.0, metavar="X", help="the bias times this; 0: without it (default: 1)"
+    )
+    forecast.add_argument(
+        "--picture", type=Path, metavar="PATH", help="draw the last forecast and what the bias changed, as PNG and PDF"
+    )
+    forecast.add_argument("--variable", metavar="NAME", help="of the picture (default: the first that is forecast)")
+    forecast.add_argument("--constants", metavar="FILE", help="a further file with orography and land-sea mask")
+    forecast.add_argument("--units", nargs="+", metavar="NAME=UNIT", help="units that the source lacks or has wrong")
+    _add_opening_options(forecast, "folder of statistics and coordinates")
+    forecast.set_defaults(run=_forecast)
+
     compare = commands.add_parser(
         "compare",
         help="train biases beside none, with several seeds, and say what differs",
@@ -178,8 +215,12 @@ def _add_kinds(kinds: Any) -> None:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", default="val", metavar="PART", help="of the data: val or test (default: val)")
+    _add_opening_options(parser, "folder of shards")
+
+
+def _add_opening_options(parser: argparse.ArgumentParser, data: str) -> None:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="which (default: the only one, or last.ckpt)")
-    parser.add_argument("--data", type=Path, metavar="ROOT", help="folder of shards (default: the run's)")
+    parser.add_argument("--data", type=Path, metavar="ROOT", help=f"{data} (default: the run's)")
     parser.add_argument("--climax", type=Path, metavar="PATH", help="a checkout of ClimaX, for a run of ClimaX itself")
 
 
@@ -226,6 +267,35 @@ def _compare(options: argparse.Namespace, _: list[str]) -> None:
     print(f"{done.out}: results.csv, differences.csv, report.md")
 
 
+def _forecast(options: argparse.Namespace, _: list[str]) -> None:
+    if options.variable is not None and options.picture is None:
+        raise InputError("--variable says what --picture draws: give both")
+    plots = _plots() if options.picture is not None else None
+    from climax_elevation.forecast import forecast
+
+    done = forecast(
+        options.folder,
+        options.source,
+        options.out,
+        checkpoint=options.checkpoint,
+        data=options.data,
+        climax=options.climax,
+        start=options.start,
+        steps=options.steps,
+        others=options.others,
+        bias_scale=options.bias_scale,
+        constants=options.constants,
+        units=_units(options.units or []),
+        show=None if plots is None else options.variable or "",
+    )
+    print(done.path)
+    if plots is not None:
+        from climax_elevation.forecast.picture import picture
+
+        for file in plots.save(picture(done), _without_suffix(options.picture)):
+            print(file)
+
+
 def _units(pairs: list[str]) -> dict[str, str]:
     units = dict(pair.partition("=")[::2] for pair in pairs)
     for name, unit in units.items():
@@ -235,14 +305,21 @@ def _units(pairs: list[str]) -> dict[str, str]:
 
 
 def _plot(options: argparse.Namespace, _: list[str]) -> None:
+    for file in _plots().save(_figure(options), _without_suffix(options.out)):
+        print(file)
+
+
+def _plots() -> ModuleType:
     try:
-        from climax_elevation.draw import plots
+        return importlib.import_module("climax_elevation.draw.plots")
     except ImportError as error:
         raise InputError(
             "pictures are drawn with matplotlib, which is not installed: pip install 'climax-elevation[plot]'"
         ) from error
-    for file in plots.save(_figure(options), options.out.parent / options.out.name.removesuffix(".png")):
-        print(file)
+
+
+def _without_suffix(path: Path) -> Path:
+    return path.parent / path.name.removesuffix(".png")
 
 
 def _figure(options: argparse.Namespace) -> Figure:

@@ -138,6 +138,19 @@ def _save(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 
 @contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` at the end of the block: whole, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def alone(folder: Path, taken: str) -> Iterator[None]:
     """Make a folder, and keep other runs out of it as long as this one lasts, where the system can.
 

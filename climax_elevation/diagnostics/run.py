@@ -68,10 +68,11 @@ def open_run(
     config = read_config(folder, root_dir)
     checkpoint = choose_checkpoint(folder, checkpoint)
     with host_classes(config, climax) as (module_class, datamodule_class):
-        module, datamodule = _build(module_class, datamodule_class, config)
+        built = configured({"model": module_class, "data": datamodule_class}, config)
+        module, datamodule = built.model, built.data
         load_weights(module, checkpoint)
         if hasattr(datamodule, "set_patch_size"):  # as upstream's script for regions does
-            datamodule.set_patch_size(module.net.patch_size)
+            datamodule.set_patch_size(module.get_patch_size())
         datamodule.setup("fit")
         datamodule.setup("test")
         read_datamodule(module, datamodule)
@@ -171,15 +172,25 @@ def host_classes(config: dict[str, Any], climax: Path | None) -> Iterator[tuple[
         )
 
 
-def _build(module_class: type, datamodule_class: type, config: dict[str, Any]) -> tuple[LightningModule, Any]:
+def configured(classes: dict[str, type], config: dict[str, Any], *, build: bool = True) -> Any:
+    """Parts of a configuration, checked and with defaults, by their keys.
+
+    Args:
+        classes: What is configured under each key.
+        config: From `read_config`.
+        build: Whether to make the objects, not only to read their settings.
+
+    Raises:
+        InputError: If the configuration is not one of these classes.
+    """
     from pytorch_lightning.cli import LightningArgumentParser
 
     parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(module_class, "model")
-    parser.add_lightning_class_args(datamodule_class, "data")
+    for key, configurable in classes.items():
+        parser.add_lightning_class_args(configurable, key)
     with configuration_errors():
-        built = parser.instantiate_classes(parser.parse_object(config))
-    return built.model, built.data
+        parsed = parser.parse_object({key: config[key] for key in classes})
+        return parser.instantiate_classes(parsed) if build else parsed
 
 
 def load_weights(module: LightningModule, checkpoint: Path) -> None:

@@ -304,6 +304,32 @@ def error_figure(
     return figure
 
 
+def forecast_figure(
+    forecast: Field, change: Array | None, ground: Field | None, variable: str, when: str, unit: str
+) -> Figure:
+    """A forecast, and what the bias changed in it.
+
+    Args:
+        forecast: In the variable's unit.
+        change: With the bias less without it, on the same grid; None: there is none.
+        ground: Elevation, metres; None: unknown.
+        variable: ClimaX's name.
+        when: From when and for when, in words.
+        unit: The variable's.
+    """
+    with readable_fonts():
+        figure, axes = maps([forecast] * (1 if change is None else 2))
+        label = f"{variable}\n({unit})"
+        draw_map(axes[0], forecast, "Forecast", label, "viridis", ground=ground)
+        if change is not None:
+            field = Field(forecast.lat, forecast.lon, change)
+            label = f"with the bias less\nwithout it ({unit})"
+            draw_map(axes[1], field, "What the bias changed", label, *bias_colours(change), ground)
+        contours = "" if ground is None else _contour_words(ground.values)
+        figure.suptitle(f"{variable}\n{when}{contours}")
+    return figure
+
+
 def variable_unit(name: str) -> str:
     """The unit of one of ClimaX's variables."""
     for variable in VARIABLES:
