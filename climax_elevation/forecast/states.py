@@ -304,7 +304,8 @@ def _on_grid(dataset: xr.Dataset, run: LoadedRun, what: str, regrid: str | None)
             raise _other_grid(what, run, lat.to_numpy(), lon.to_numpy())
     elif run.places is None or lat.ndim != 2:
         raise InputError(
-            f"{what} and the run's data are on grids of another kind: one has a latitude a row, one a pixel"
+            f"{what} and the run's data are on grids of two kinds, one with a latitude a row and one with a latitude a "
+            "pixel: give a source on the run's grid"
         )
     grid = read_grid(dataset, patch_size=1, regrid=regrid)
     height, width = run.shape
