@@ -257,6 +257,7 @@ def _prepare(options: argparse.Namespace, _: list[str]) -> None:
         f"{prepared.out}: {height} x {width} pixels, {', '.join(prepared.variables)}; "
         + ", ".join(f"{part} {steps} steps" for part, steps in prepared.steps.items())
     )
+    print("\n".join(["to train a small model, without the terrain bias and with it:", *prepared.commands]))
 
 
 def _compare(options: argparse.Namespace, _: list[str]) -> None:

@@ -35,6 +35,11 @@ def save_npy(path: Path, array: NDArray[np.floating]) -> None:
     _save(path, lambda file: np.save(file, array))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    _save(path, lambda file: file.write(text.encode()))
+
+
 def load_npz(path: Path, remedy: str, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
     """The arrays of a file.
 
@@ -123,7 +128,7 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
         raise InputError(f"{path} is damaged ({said}): {remedy}") from error
 
 
-def _save(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     # Written beside its folder, not in it: ClimaX reads every file of train/, val/ and test/.
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent.parent / f".{path.parent.name}-{path.name}.partial"
