@@ -227,8 +227,8 @@ def _patch(lat: Array, lon: Array, grid: tuple[int, int], place: Place) -> int:
     chosen = int(nearest.argmin())
     if not -90 <= place[0] <= 90 or nearest[chosen] > ROOM * _spacing(centres, grid, chosen):
         raise InputError(
-            f"({place[0]:g}, {place[1]:g}) is outside the grid, whose patches have centres from latitude "
-            f"{lat.min():g} to {lat.max():g} and longitude {lon.min():g} to {lon.max():g}"
+            f"{_words(place)} is outside the grid, whose patches have centres from {latitude_words(lat.min())} to "
+            f"{latitude_words(lat.max())} and {longitude_words(lon.min())} to {longitude_words(lon.max())}"
         )
     return chosen
 
@@ -274,8 +274,22 @@ def transect(view: View, start: Place, end: Place) -> Transect:
 
 
 def _words(place: Place) -> str:
-    lat, lon = place[0], (place[1] + 180) % 360 - 180
-    return f"{abs(lat):g}° {'N' if lat >= 0 else 'S'}, {abs(lon):g}° {'E' if lon >= 0 else 'W'}"
+    return f"{latitude_words(place[0])}, {longitude_words(place[1])}"
+
+
+def latitude_words(lat: float) -> str:
+    """Degrees north or south, as all pictures and messages about them have it."""
+    return _degrees(lat, "NS", (0,))
+
+
+def longitude_words(lon: float) -> str:
+    """Degrees east or west of Greenwich, whatever the data count from."""
+    return _degrees((lon + 180) % 360 - 180, "EW", (0, -180))
+
+
+def _degrees(value: float, sides: str, no_side: tuple[int, ...]) -> str:
+    value = round(float(value), 6)
+    return f"{abs(value):g}°" + ("" if value in no_side else f" {sides[value < 0]}")
 
 
 def error_field(run: Run, part: str, variable: str | None) -> tuple[Field, str]:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from climax_elevation.data.names import VARIABLES
-from climax_elevation.diagnostics.view import Array, Field, Transect, View
+from climax_elevation.diagnostics.view import Array, Field, Transect, View, latitude_words, longitude_words
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +123,11 @@ def draw_map(
     )
     axes.set_aspect("equal")
     axes.set_title(title)
-    axes.set_xlabel("longitude (degrees east)")
-    axes.set_ylabel("latitude (degrees north)")
+    axes.set_xlabel("longitude")
+    axes.set_ylabel("latitude")
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 6, 10]))
+    axes.xaxis.set_major_formatter(lambda lon, _: longitude_words(lon))
+    axes.yaxis.set_major_formatter(lambda lat, _: latitude_words(lat))
     wide = np.ptp(field.unwrapped) > WIDE * np.ptp(field.lat)
     beyond = high is not None and field.values.max() > high
     extend = "max" if beyond else "neither"
