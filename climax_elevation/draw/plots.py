@@ -125,10 +125,10 @@ def draw_map(
     axes.set_title(title)
     axes.set_xlabel("longitude")
     axes.set_ylabel("latitude")
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 6, 10]))
+    wide = np.ptp(field.unwrapped) > WIDE * np.ptp(field.lat)
+    axes.xaxis.set_major_locator(MaxNLocator(5 if wide else 3, steps=[1, 2, 3, 6, 10]))
     axes.xaxis.set_major_formatter(lambda lon, _: longitude_words(lon))
     axes.yaxis.set_major_formatter(lambda lat, _: latitude_words(lat))
-    wide = np.ptp(field.unwrapped) > WIDE * np.ptp(field.lat)
     beyond = high is not None and field.values.max() > high
     extend = "max" if beyond else "neither"
     if wide:
@@ -328,7 +328,7 @@ def forecast_figure(
             label = f"with the bias less\nwithout it ({unit})"
             draw_map(axes[1], field, "What the bias changed", label, *bias_colours(change), ground)
         contours = "" if ground is None else _contour_words(ground.values)
-        figure.suptitle(f"{variable}\n{when}{contours}")
+        figure.suptitle(f"{when}{contours}")
     return figure
 
 

@@ -16,7 +16,7 @@ from climax_elevation.data.names import OROGRAPHY
 from climax_elevation.errors import InputError
 from climax_elevation.forecast.loaded import Array, LoadedRun, load_run
 from climax_elevation.forecast.output import writing
-from climax_elevation.forecast.rollout import check_others, check_times, roll_out
+from climax_elevation.forecast.rollout import check_others, check_times, not_forecast, roll_out
 from climax_elevation.forecast.states import LAST, States, open_states, stamp
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,8 @@ def forecast(
             check_times(states, starts, steps)
         stamps = [states.stamps[index] for index in starts]
         logger.info("forecasting from %s", _listed(stamps))
-        attributes = _attributes(loaded, str(source), bias_scale, others if steps > 1 else None)
+        asked = steps > 1 and bool(not_forecast(loaded))
+        attributes = _attributes(loaded, str(source), bias_scale, others if asked else None)
         with loaded.scaled(bias_scale), writing(out, states, starts, steps, attributes) as output:
             last = _write(states, starts, steps, others, output)
         shown = None if variable is None else _shown(states, starts[-1], steps, others, variable, last)
