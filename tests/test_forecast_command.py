@@ -426,6 +426,7 @@ def test_months_go_by_the_calendar(run, tmp_path, calendar):
     np.testing.assert_array_equal(made.lead_time, [730.0, 1460.0])
     assert [str(time)[:10] for time in made.valid_time.to_numpy()[0]] == ["2000-12-16", "2001-01-16"]
     assert "calendar months" in made.lead_time.attrs["comment"]
+    assert written(forecast(monthly, source, tmp_path / "last.nc").path).time[0] == xr.open_dataset(source).time[-1]
     daily = replace(monthly, lead_hours=36)
     made = written(forecast(daily, source, tmp_path / "daily.nc", start=["2000-11"]).path)
     assert str(made.valid_time.to_numpy()[0, 0])[:13] in ("2000-11-17T12", "2000-11-17 12")
@@ -502,6 +503,18 @@ def test_a_file_that_cannot_be_written_is_one_sentence(folder, run, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write .*file/out.nc"):
         forecast(run, folder / "states.nc", tmp_path / "file" / "out.nc")
+
+
+def test_a_run_that_goes_on(folder, run, tmp_path, monkeypatch):
+    """Half of a checkpoint, and one that was replaced by a better one since it was found."""
+    (whole,) = (path for path in run.rglob("*.ckpt") if path.name != "last.ckpt")
+    half = tmp_path / "half.ckpt"
+    half.write_bytes(whole.read_bytes()[:-2000])
+    with pytest.raises(InputError, match="half.ckpt is no checkpoint of tensors alone: "):
+        load_run(run, checkpoint=half)
+    monkeypatch.setattr("climax_elevation.forecast.loaded.choose_checkpoint", lambda *_: tmp_path / "gone.ckpt")
+    with pytest.raises(InputError, match="gone.ckpt is gone, as a run that goes on"):
+        load_run(run)
 
 
 def test_numbers_that_are_not_finite_are_no_forecast(folder, run, tmp_path):

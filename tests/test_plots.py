@@ -429,7 +429,7 @@ def test_a_forest_by_the_command(compared, capsys):
     [
         (["bias", "none"], "this StandInClimaX has no terrain bias"),
         (["bias", "nowhere"], "is not the folder of a run"),
-        (["bias", "physics", "--lat", "50", "--lon", "8"], "50° N, 8° E is outside the grid, whose patches have centres"),
+        (["bias", "physics", "--lat", "50", "--lon", "8"], "50° N, 8° E is outside the grid, whose patches have"),
         (["bias", "physics", "--lat", "5", "--lon", "-170"], "is outside the grid"),
         (["bias", "physics", "--lat", "5"], "give both --lat and --lon"),
         (["bias", "physics", *AT, "--block", "7"], "block 7 has no terrain bias; those that have: 0, 1"),

@@ -200,10 +200,16 @@ def load_weights(module: LightningModule, checkpoint: Path) -> None:
         InputError: If it is no such file, or of another model.
     """
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        module.load_state_dict(saved["state_dict"])
-    except (pickle.UnpicklingError, EOFError, KeyError) as error:
-        raise InputError(f"{checkpoint} is no checkpoint of tensors alone: {str(error).splitlines()[0]}") from error
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{checkpoint} is gone, as a run that goes on replaces them: repeat it"
+        ) from error
+    except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:  # RuntimeError: of half a file
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{checkpoint} is no checkpoint of tensors alone: {said}") from error
+    try:
+        module.load_state_dict(saved)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{checkpoint} does not fit the run's configuration: {reason}") from error

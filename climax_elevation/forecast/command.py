@@ -21,8 +21,6 @@ from climax_elevation.forecast.states import LAST, States, open_states, stamp
 
 logger = logging.getLogger(__name__)
 
-AT_ONCE = 2**23  # numbers of the inputs of a batch, 32 MiB
-
 
 @dataclass(frozen=True)
 class Shown:
@@ -133,10 +131,9 @@ def forecast(
 def _write(states: States, starts: Sequence[int], steps: int, others: str | None, output: Any) -> Array:
     """All forecasts into the file; returns the last one."""
     run = states.run
-    batch = max(1, AT_ONCE // (len(run.variables) * run.shape[0] * run.shape[1]))
     with tqdm(total=len(starts) * steps, desc="forecast", unit="field", disable=None) as bar:
-        for first in range(0, len(starts), batch):
-            chosen = starts[first : first + batch]
+        for first in range(0, len(starts), run.batch_size):
+            chosen = starts[first : first + run.batch_size]
             for step, predicted in enumerate(roll_out(states, chosen, steps, others)):
                 values = run.physical(predicted, run.out_variables)
                 _check(values, run, states.stamps[chosen[0]], step)

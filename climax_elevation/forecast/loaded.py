@@ -47,6 +47,7 @@ class LoadedRun:
         lat, lon: Of the input's rows and columns, degrees, `[H]` and `[W]`; of a 2-D grid means.
         places: Latitudes and longitudes of each pixel of a 2-D grid, `[H, W]`; None: it is none.
         region: What ClimaX's regional model is told of its region; None: all of the input is forecast.
+        batch_size: Of the run: what surely fits into memory at once.
         checkpoint: Where the weights are from.
         data: Folder of statistics and coordinates.
     """
@@ -63,6 +64,7 @@ class LoadedRun:
     lon: Array
     places: tuple[Array, Array] | None
     region: dict[str, Any] | None
+    batch_size: int
     checkpoint: Path
     data: Path
 
@@ -217,6 +219,7 @@ def load_run(
         lon=lon,
         places=_places(root),
         region=region,
+        batch_size=settings.batch_size,
         checkpoint=chosen,
         data=root,
     )
