@@ -202,9 +202,7 @@ def load_weights(module: LightningModule, checkpoint: Path) -> None:
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     except FileNotFoundError as error:
-        raise InputError(
-            f"{checkpoint} is gone, as a run that goes on replaces them: repeat it"
-        ) from error
+        raise InputError(f"{checkpoint} is gone, as a run that goes on replaces them: repeat it") from error
     except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError) as error:  # RuntimeError: of half a file
         said = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{checkpoint} is no checkpoint of tensors alone: {said}") from error
