@@ -78,13 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="run ClimaX's own training script with terrain-aware attention",
-        usage="climax-elevation train MODULE [--climax PATH] -- UPSTREAM ARGUMENTS",
+        usage="climax-elevation train MODULE [--climax PATH] [--pretrained-variables NAME ...] -- UPSTREAM ARGUMENTS",
         description="Runs ClimaX's training script in a patched temporary copy; where there is no ClimaX, "
         "global_forecast runs on the stand-in host. What follows '--' goes to the script: --config FILE, and "
         "overrides such as --model.net.init_args.use_physics_mask=true.",
     )
     train.add_argument("module", choices=MODULES, metavar="MODULE", help=", ".join(MODULES))
     train.add_argument("--climax", type=Path, metavar="PATH", help="a checkout of microsoft/ClimaX, or its folder")
+    train.add_argument(
+        "--pretrained-variables",
+        nargs="+",
+        metavar="NAME",
+        help="of the checkpoint of --model.pretrained_path, in its order (default: as it or its config.yaml says, or "
+        "ClimaX's 48)",
+    )
     train.set_defaults(run=_train)
 
     patch = commands.add_parser("patch", help="apply, check or revert the patches of a ClimaX checkout")
@@ -233,7 +240,7 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
 def _train(options: argparse.Namespace, arguments: list[str]) -> None:
     from climax_elevation.train import train
 
-    train(options.module, options.climax, arguments)
+    train(options.module, options.climax, arguments, pretrained_variables=options.pretrained_variables)
 
 
 def _patch(options: argparse.Namespace, _: list[str]) -> int:

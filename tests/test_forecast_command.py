@@ -20,6 +20,7 @@ from climax_elevation.forecast.loaded import LoadedRun
 from climax_elevation.forecast.states import open_states
 from climax_elevation.host import StandInClimaX
 from climax_elevation.host.metrics import latitude_weights
+from climax_elevation.pretrained import describe
 from climax_elevation.train import train
 
 INPUTS = ["2m_temperature", "10m_u_component_of_wind", "10m_v_component_of_wind", "land_sea_mask", "orography"]
@@ -62,8 +63,9 @@ def lively(tmp_path_factory):
         name: 10 * value if ".attn." in name or "head" in name else value for name, value in net.named_parameters()
     }
     path = tmp_path_factory.mktemp("lively") / "weights.ckpt"
-    # upstream would interpolate the position embedding, of grids twice as wide as high
-    torch.save({"state_dict": {f"net.{n}": v.detach() for n, v in weights.items() if n != "pos_embed"}}, path)
+    checkpoint = {"state_dict": {f"net.{n}": v.detach() for n, v in weights.items()}}
+    describe(checkpoint, net)
+    torch.save(checkpoint, path)
     return path
 
 
