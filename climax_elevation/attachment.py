@@ -17,7 +17,7 @@ from climax_elevation.bias import ElevationBias, PhysicsBias, build_bias
 from climax_elevation.bias.build import check_arguments
 from climax_elevation.block import PhysicsGuidedBlockCorrected, TerrainBlock, check_host_block
 from climax_elevation.errors import InputError
-from climax_elevation.options import AttachOptions
+from climax_elevation.options import AttachOptions, check_blocks
 from climax_elevation.seam import TerrainSeam
 from climax_elevation.terrain.elevation_file import read_elevation_file
 from climax_elevation.terrain.reader import TerrainReader
@@ -71,9 +71,9 @@ def attach(model: nn.Module, bias_type: str = "physics", **arguments: Any) -> No
     """
     check_arguments(bias_type, arguments, shared=AttachOptions.names())
     shared = {name: arguments.pop(name) for name in AttachOptions.names() if name in arguments}
-    options = AttachOptions(**shared)
     host_model = _checked_host(model)
-    chosen = chosen_blocks(len(host_model.blocks), options.blocks)
+    chosen = chosen_blocks(len(host_model.blocks), shared.get("blocks", AttachOptions.blocks))
+    options = AttachOptions(**shared)
     hosts = {index: host_model.blocks[index] for index in chosen}
     for host in hosts.values():
         check_host_block(host)
@@ -201,13 +201,8 @@ def _checked_host(model: nn.Module) -> Host:
 
 def chosen_blocks(depth: int, blocks: Sequence[int] | str) -> list[int]:
     """Indices of blocks, sorted; InputError unless they are some of so many."""
-    if blocks == "all":
-        return list(range(depth))
-    if isinstance(blocks, str) or not all(isinstance(index, int) and 0 <= index < depth for index in blocks):
-        raise InputError(f'blocks is "all" or a list of indices from 0 to {depth - 1}, not {blocks!r}')
-    if not blocks or len(set(blocks)) < len(blocks):
-        raise InputError(f"blocks names at least one block, and none twice, not {list(blocks)!r}")
-    return sorted(blocks)
+    check_blocks(blocks, depth - 1)
+    return list(range(depth)) if isinstance(blocks, str) else sorted(blocks)
 
 
 def built_bias(bias_type: str, host: nn.Module, grid: tuple[int, int], bias_args: dict[str, Any]) -> ElevationBias:

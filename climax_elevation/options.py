@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from os import PathLike
 from typing import Any
 
 from climax_elevation.attention import ENGINES, check_engine
-from climax_elevation.checks import one_of, positive
+from climax_elevation.checks import one_of, positive, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.terrain.controls import CONTROLS
 from climax_elevation.terrain.order import PATCH_ORDERS
@@ -77,6 +79,15 @@ class AttachOptions:
     control_seed: int = _option(0, "int", "", "by which control: permuted shuffles")
 
     def __post_init__(self) -> None:
+        for name in ("static_terrain", "terrain_is_flat"):
+            true_or_false(name, getattr(self, name))
+        for name in ("elevation_file", "stats_dir"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str | PathLike) or not str(value)):
+                raise InputError(f"{name} is a path, not {value!r}")
+        if not _is_name(self.elevation_variable):
+            raise InputError(f"elevation_variable names a channel, not {self.elevation_variable!r}")
+        check_blocks(self.blocks)
         check_engine(self.engine)
         one_of("patch_order", self.patch_order, PATCH_ORDERS)
         one_of("control", self.control, CONTROLS)
@@ -85,7 +96,8 @@ class AttachOptions:
         seed = self.control_seed
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= HIGHEST_SEED:
             raise InputError(f"control_seed is a whole number from 0 to {HIGHEST_SEED}, not {seed!r}")
-        if isinstance(self.wind_variables, str) or len(self.wind_variables) != 2:
+        winds = () if isinstance(self.wind_variables, str) else self.wind_variables or ()
+        if len(winds) != 2 or not all(map(_is_name, winds)):
             raise InputError(
                 f"wind_variables names two channels, eastward and northward wind, not {self.wind_variables!r}"
             )
@@ -103,7 +115,39 @@ class AttachOptions:
         filled = [textwrap.fill(text, 116, initial_indent=margins[0], subsequent_indent=margins[1]) for text in texts]
         return "".join(f"{text}\n" for text in filled)
 
+    @classmethod
+    def table(cls) -> str:
+        """The table of docs/add.md about them, in Markdown."""
+        head = "| argument | type | unit | default | |\n|---|---|---|---|---|\n"
+        return head + "".join(
+            f"| `{option.name}` | {_cells(option.metadata, option.default)} |\n" for option in fields(cls)
+        )
+
 
 def _sentence(metadata: Any) -> str:
     unit = f", {metadata['unit']}" if metadata["unit"] else ""
     return f"{metadata['help'][0].upper()}{metadata['help'][1:]} ({metadata['type']}{unit})."
+
+
+def check_blocks(blocks: Sequence[int] | str, last: int | None = None) -> None:
+    """Raise InputError unless `blocks` may name blocks, the last of which has the index `last` where that is known."""
+    if blocks == "all":
+        return
+    indices = () if isinstance(blocks, str) or not isinstance(blocks, Sequence) else blocks
+    highest = float("inf") if last is None else last
+    if indices is not blocks or not all(type(index) is int and 0 <= index <= highest for index in indices):
+        known = "on" if last is None else f"to {last}"
+        raise InputError(f'blocks is "all" or a list of indices from 0 {known}, not {blocks!r}')
+    if not indices or len(set(indices)) < len(indices):
+        raise InputError(f"blocks names at least one block, and none twice, not {list(indices)!r}")
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _cells(metadata: Any, default: Any) -> str:
+    kind = metadata["type"]
+    kind = ", ".join(f"`{choice}`" for choice in kind.split("|")) if "|" in kind else kind
+    default = default if isinstance(default, str) else json.dumps(default)
+    return " | ".join((kind, metadata["unit"], f"`{default}`", metadata["help"]))

@@ -1,6 +1,7 @@
 """PhysicsGuidedBlockCorrected: timm's block with a bias, and nothing else changed."""
 
 import copy
+import inspect
 import math
 import pickle
 
@@ -328,6 +329,12 @@ def test_a_block_that_is_not_timms_is_refused():
     host.attn.relative_position = nn.Linear(1, 1)
     with pytest.raises(InputError, match="built as timm's Attention"):
         TerrainBlock(host, PhysicsBias())
+
+
+def test_defaults_are_those_of_the_bias():
+    own = inspect.signature(PhysicsGuidedBlockCorrected.__init__).parameters
+    for name, parameter in inspect.signature(PhysicsBias.__init__).parameters.items():
+        assert name == "self" or own[name].default == parameter.default, name
 
 
 def test_defaults_are_the_documents():

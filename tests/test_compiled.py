@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -283,7 +284,7 @@ def test_a_compiler_that_is_none_is_said(cache, tmp_path, monkeypatch, program, 
 
 def test_without_them_attention_works_and_says_so_once(cache, monkeypatch, caplog):
     monkeypatch.setenv("CLIMAX_ELEVATION_COMPILED", "0")
-    compiled.library.cache_clear()
+    compiled._library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             q, z = torch.randn(1, 2, 9, 8), torch.rand(1, 9) * 3000
@@ -292,12 +293,31 @@ def test_without_them_attention_works_and_says_so_once(cache, monkeypatch, caplo
                 for engine in ("dense", "tiled", "tiled")
             )
     finally:
-        compiled.library.cache_clear()
+        compiled._library.cache_clear()
     torch.testing.assert_close(tiled, [dense, dense])
     assert [record.message for record in caplog.records] == [
         "attention on the CPU is slower than it could be: CLIMAX_ELEVATION_COMPILED is 0: unset it to have its "
         "loops compiled"
     ]
+
+
+def test_threads_that_come_together_load_once_and_hear_it_once(monkeypatch, caplog):
+    """As the first tiles do."""
+    loaded = []
+
+    def slowly():
+        loaded.append(1)
+        time.sleep(0.1)
+        raise NotCompiled("as a test says")
+
+    monkeypatch.setattr(compiled, "load", slowly)
+    compiled._library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING), ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda _: compiled.library(), range(8))) == [None] * 8
+    finally:
+        compiled._library.cache_clear()
+    assert len(loaded) == len(caplog.records) == 1
 
 
 def softmax(logits):

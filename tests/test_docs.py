@@ -24,7 +24,7 @@ import prepare_data
 import pytest
 import yaml
 
-from climax_elevation import attach, available_biases
+from climax_elevation import AttachOptions, attach, available_biases
 from climax_elevation.bias import registry
 from climax_elevation.bias.registry import bias_class
 from climax_elevation.cli import main
@@ -278,6 +278,10 @@ def test_the_flags_of_the_table_are_those_of_attach():
     flags = {"use_physics_mask": False, "bias_type": "physics", "bias_args": None}  # which ClimaX gets by the patch
     shown = {name: (default, type(default)) for name, of, default in flag_rows() if of is None}
     assert shown == {name: (default, type(default)) for name, default in (flags | arguments_of(attach)).items()}
+
+
+def test_the_table_of_options_is_written_by_them():
+    assert AttachOptions.table() in (ROOT / "docs" / "add.md").read_text()
 
 
 def test_the_arguments_of_the_table_are_those_of_the_biases():

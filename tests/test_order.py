@@ -59,6 +59,17 @@ def test_winds_of_a_sector_share_their_order_and_samples_have_their_own():
     assert not torch.equal(near[0], wind_order(windy(0, 5, (4, 6)))[0])
 
 
+@pytest.mark.parametrize("order", [wind_order, published_order])
+@pytest.mark.parametrize("region", [None, [7, 8, 13, 14]])
+def test_no_number_is_looked_at(order, region):
+    """On a GPU a look waits; on the meta device there is nothing to look at."""
+    terrain = global_terrain((4, 6))
+    meta = {name: getattr(terrain, name).to("meta") for name in ("elevation_m", "u", "v", "lat", "lon")}
+    terrain = replace(terrain, **meta)
+    terrain = terrain if region is None else terrain.select(region)
+    assert order(terrain).shape == terrain.u.shape
+
+
 def published_loop(u, v, height, width):
     """The published description, a patch at a time, with Python's own sorting."""
     heading = math.atan2(v, u) % (2 * math.pi)

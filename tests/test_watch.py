@@ -1,6 +1,7 @@
 """What no batch may have is refused in any batch, not in the first alone, and no one waits for it."""
 
 import copy
+import math
 import time
 
 import pytest
@@ -97,6 +98,14 @@ def test_a_level_field_beside_one_that_is_not_is_refused(level):
         x[:, 0] = 500.0
     read = reader_with_statistics(elevation_file=ElevationField(field.numpy(), None, None, "a file"))
     with pytest.raises(InputError, match="is level, and from .* it is not"):
+        read(standardised(x), None, VARIABLES)
+
+
+def test_a_channel_beside_a_file_is_finite_or_said_not_to_be():
+    x = physical_batch()
+    read = reader_with_statistics(elevation_file=ElevationField(x[0, 0].numpy().copy(), None, None, "a file"))
+    x[1, 0, 0, 0] = math.nan
+    with pytest.raises(InputError, match="channel 'orography', which a file is compared with, has values that are not"):
         read(standardised(x), None, VARIABLES)
 
 

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ PROCESSORS = ("-march=native", "-mcpu=native")  # GCC's word for it, and Clang's
 TYPES = {torch.float32: "float", torch.float64: "double"}
 TORCH_LIBRARY = {"darwin": "libtorch_cpu.dylib", "win32": "torch_cpu.dll"}.get(sys.platform, "libtorch_cpu.so")
 SWITCH = "CLIMAX_ELEVATION_COMPILED"
+_loading = Lock()
 
 
 class NotCompiled(Exception):
@@ -83,9 +85,14 @@ def _for_c(argument: Tensor | float | int) -> Any:
     return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
-@lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The compiled loops, or None where there are none, which is said once."""
+    with _loading:  # the first tiles come in several threads at once
+        return _library()
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
     try:
         return load()
     except NotCompiled as reason:

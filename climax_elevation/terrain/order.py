@@ -44,7 +44,7 @@ def wind_order(terrain: Terrain, sectors: int = SECTORS) -> Tensor:
     angle = torch.atan2(terrain.v.mean(dim=1), terrain.u.mean(dim=1))  # type: ignore[union-attr]
     sector = 2 * math.pi / sectors
     angle = (angle / sector).round() * sector
-    northward = terrain.rows if _first_row_is_southern(terrain) else -terrain.rows
+    northward = _northward(terrain) * terrain.rows
     # rounded, lest rounding decide between patches that are as far
     along = angle.cos()[:, None] * terrain.columns + angle.sin()[:, None] * northward
     rank = along.mul(1e4).round().argsort(dim=1, stable=True).argsort(dim=1)
@@ -81,17 +81,18 @@ def published_order(terrain: Terrain) -> Tensor:
         for function in (math.cos, math.sin)
     )
     rows, columns = terrain.rows - terrain.rows.min(), terrain.columns - terrain.columns.min()
-    height, width = int(rows.max()) + 1, int(columns.max()) + 1
+    height, width = rows.max() + 1, columns.max() + 1  # not read: on a GPU that waits
     order = (rows * rowward[:, None] + columns * eastward[:, None]).argsort(dim=1, stable=True)
-    bands = max(height, width)
-    band = (torch.arange(len(rows), device=rows.device) // max(1, len(rows) // bands)).clamp(max=bands - 1)
+    bands = torch.maximum(height, width)
+    band = torch.arange(len(rows), device=rows.device) // (len(rows) // bands).clamp(min=1)
+    band = torch.minimum(band, bands - 1)
     place = (rows + columns) % 2 * ODD_PATCHES_LATER + rows * width + columns
     later_bands = band * (ODD_PATCHES_LATER + height * width)
     return order.gather(1, (later_bands + place[order]).argsort(dim=1, stable=True))
 
 
-def _first_row_is_southern(terrain: Terrain) -> bool:
-    """As in ClimaX's data, where latitudes are not known."""
+def _northward(terrain: Terrain) -> Tensor | int:
+    """1 where later rows lie farther north, as in ClimaX's data, also where latitudes are not known; else -1."""
     if terrain.lat is None:
-        return True
-    return bool(((terrain.lat[-1] - terrain.lat[0]) * (terrain.rows[-1] - terrain.rows[0])) >= 0)
+        return 1
+    return torch.where((terrain.lat[-1] - terrain.lat[0]) * (terrain.rows[-1] - terrain.rows[0]) >= 0, 1, -1)

@@ -443,6 +443,10 @@ def _check_values(numbers: list[float], origin: str, channel: str, winds: str, f
             f"static_terrain is true, and {channel!r} differs between samples, by up to {moved:.0f} m: set "
             "static_terrain: false"
         )
+    if not math.isfinite(of_channel):
+        raise InputError(
+            f"channel {channel!r}, which {origin} is compared with, has values that are not finite: fill them"
+        )
     if (of_file < LEVEL_M) != (of_channel < LEVEL_CHANNEL) and correlation < LEAST_CORRELATION:
         level_one, other = (origin, f"channel {channel!r}") if of_file < LEVEL_M else (f"channel {channel!r}", origin)
         raise InputError(
