@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,12 @@ from omegaconf import OmegaConf
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import ParallelStrategy
 
+from climax_elevation.checkpoints import check_weights, read_checkpoint, write_whole
+from climax_elevation.crew import EndTogether
 from climax_elevation.errors import InputError
+from climax_elevation.health import StopNotFinite, check_statistics
+from climax_elevation.upstream.resuming import GoOn, best_checkpoint
+from climax_elevation.upstream.settings import check_settings
 
 KEYWORDS = ("best", "last", "hpc")  # that Lightning takes for a checkpoint's path
 
@@ -53,8 +59,30 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # as the series "today" gives it to upstream's scripts
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
+        parser.add_argument("--allow_nan", type=bool, default=False, help="go on where a loss is not finite")
+
+    def before_instantiate_classes(self) -> None:
+        self._allow_nan = self.config.allow_nan
+        if not self._allow_nan:
+            del self.config["allow_nan"]  # upstream's own scripts, which do not know it, take what is saved
+        check_settings(self.config.model)
+
+    def instantiate_classes(self) -> None:
+        pretrained = self.config.model.get("pretrained_path") or ""
+        try:
+            super().instantiate_classes()
+        except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError):
+            if pretrained and "://" not in pretrained:
+                read_checkpoint(pretrained, weights_only=None, what="model.pretrained_path")
+            raise
+        check_statistics(self.datamodule)
+        if not self._allow_nan:
+            check_weights(dict(self.model.named_parameters()), pretrained or "the model")
 
     def after_instantiate_classes(self) -> None:
+        write_whole(self.trainer.strategy)
+        ours = [EndTogether(), GoOn(), *([] if self._allow_nan else [StopNotFinite()])]
+        self.trainer.callbacks[:0] = ours  # type: ignore[attr-defined] # before those that save
         if self._resume is not None:
             self.config.ckpt_path = self._checkpoint("trainer.resume_from_checkpoint", self._resume)
         elif self.config.ckpt_path is not None:
@@ -70,7 +98,9 @@ class TrainingCLI(LightningCLI):
         config = OmegaConf.create(self.parser.dump(self.config, skip_none=False))
         config.ckpt_path = written
         path = str(config.ckpt_path)
-        if "://" not in path and path not in KEYWORDS and not Path(path).exists():
+        if path == "best":
+            return best_checkpoint(self.trainer)
+        if "://" not in path and path not in KEYWORDS and not path.startswith("registry") and not Path(path).exists():
             raise InputError(f"{key} {path} does not exist")
         return path
 
@@ -79,6 +109,7 @@ class PretrainingCLI(TrainingCLI):
     """TrainingCLI for upstream's pretraining, which takes one source of data a node and runs distributed only."""
 
     def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
         # upstream's readers ask the environment for the number of nodes
         os.environ.setdefault("NODES", str(self.config.trainer.num_nodes))
 
