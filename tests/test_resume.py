@@ -1,15 +1,10 @@
 """A run that was killed in the middle of an epoch goes on as if it had not been: the same batches, the same weights."""
 
-import shutil
-
 import pytest
 import tiny_data
 import torch
-from test_launch import ON, forecasting, launched, logged
+from test_launch import ON, forecasting, logged
 
-from climax_elevation import InputError
-from climax_elevation.host.loading import after
-from climax_elevation.host.shards import GlobalForecastDataModule
 from climax_elevation.train import train
 
 EPOCHS = 3

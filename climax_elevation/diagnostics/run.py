@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningModule
 
+from climax_elevation.checkpoints import check_weights, read_checkpoint
 from climax_elevation.checks import one_of
 from climax_elevation.diagnostics.interventions import PARTS, effects
 from climax_elevation.diagnostics.strength import assess
@@ -148,11 +148,10 @@ def _build(module_class: type, datamodule_class: type, config: dict[str, Any]) -
 
 
 def _load(module: LightningModule, checkpoint: Path) -> None:
+    saved = read_checkpoint(checkpoint)
+    check_weights(saved["state_dict"], f"checkpoint {checkpoint}")
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         module.load_state_dict(saved["state_dict"])
-    except (pickle.UnpicklingError, EOFError, KeyError) as error:
-        raise InputError(f"{checkpoint} is no checkpoint of tensors alone: {str(error).splitlines()[0]}") from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{checkpoint} does not fit the run's configuration: {reason}") from error

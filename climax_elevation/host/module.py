@@ -8,7 +8,6 @@ import os
 import pickle
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from climax_elevation.checkpoints import check_weights, read_checkpoint
+from climax_elevation.checks import learning_rate, not_below_zero
 from climax_elevation.errors import InputError
 from climax_elevation.host.metrics import lat_weighted_acc, lat_weighted_mse, lat_weighted_mse_val, lat_weighted_rmse
 from climax_elevation.host.shards import Normalize
@@ -49,7 +50,8 @@ class GlobalForecastModule(LightningModule):
         eta_min: Lowest learning rate of the cosine.
 
     Raises:
-        InputError: If lr is not above 0, max_epochs not above warmup_epochs, or pretrained_path unusable.
+        InputError: If lr is not above 0, or weight_decay, warmup_start_lr or eta_min below 0, or one of them not
+            finite; if max_epochs is not above warmup_epochs; or if pretrained_path is unusable.
     """
 
     def __init__(
@@ -66,8 +68,10 @@ class GlobalForecastModule(LightningModule):
         eta_min: float = 1e-8,
     ) -> None:
         super().__init__()
-        if lr <= 0:
-            raise InputError(f"model.lr is above 0, not {lr}")
+        learning_rate("model.lr", lr)
+        not_below_zero("model.weight_decay", weight_decay)
+        not_below_zero("model.warmup_start_lr", warmup_start_lr)
+        not_below_zero("model.eta_min", eta_min)
         if not 0 <= warmup_epochs < max_epochs:
             raise InputError(
                 f"model.warmup_epochs is from 0 to model.max_epochs ({max_epochs}, both in steps), not {warmup_epochs}"
@@ -187,13 +191,14 @@ def load_pretrained(module: nn.Module, source: str) -> None:
         source: File or URL of the checkpoint. Older ones of ClimaX say "channel" for "var" in keys.
 
     Raises:
-        InputError: If it is absent, is no checkpoint, or has no weight that fits.
+        InputError: If it is absent, cut short or no checkpoint, has no weight that fits, or one that is not finite.
     """
     saved = {key.replace("channel", "var"): value for key, value in _read_weights(source).items()}
     own = module.state_dict()
     fitting = {key: value for key, value in saved.items() if key in own and value.shape == own[key].shape}
     if not fitting:
         raise InputError(f"no weight in {source} fits the model: its keys begin with {', '.join(list(saved)[:3])}")
+    check_weights(fitting, source)
     try:
         module.load_state_dict(fitting, strict=False)
     except RuntimeError as error:  # shapes fit: what is left is terrain that disagrees
@@ -209,14 +214,10 @@ def load_pretrained(module: nn.Module, source: str) -> None:
 
 
 def _read_weights(source: str) -> dict[str, Tensor]:
-    from_web = source.startswith(("http://", "https://"))
-    if not from_web and not Path(source).is_file():
-        raise InputError(f"model.pretrained_path {source} does not exist")
+    if not source.startswith(("http://", "https://")):
+        return read_checkpoint(source, what="model.pretrained_path")["state_dict"]
     try:
-        if from_web:
-            checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-        else:
-            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+        checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise InputError(
             f"{source} is no checkpoint of tensors alone ({str(error).splitlines()[0]}): save one that holds its "

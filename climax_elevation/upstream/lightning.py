@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,9 +70,11 @@ class TrainingCLI(LightningCLI):
         pretrained = self.config.model.get("pretrained_path") or ""
         try:
             super().instantiate_classes()
-        except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError):
+        except InputError:
+            raise
+        except Exception:  # whatever upstream's module raises for a file that is none
             if pretrained and "://" not in pretrained:
-                read_checkpoint(pretrained, weights_only=None, what="model.pretrained_path")
+                read_checkpoint(pretrained, weights_only=False, what="model.pretrained_path")
             raise
         check_statistics(self.datamodule)
         if not self._allow_nan:

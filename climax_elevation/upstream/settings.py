@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from climax_elevation.errors import InputError
+from climax_elevation.checks import learning_rate, not_below_zero, share
 
-NOT_BELOW_ZERO = ("weight_decay", "warmup_start_lr", "eta_min")
-BELOW_ONE = ("drop_path", "drop_rate")
+OF_MODULE = {"lr": learning_rate} | dict.fromkeys(("weight_decay", "warmup_start_lr", "eta_min"), not_below_zero)
+OF_NET = dict.fromkeys(("drop_path", "drop_rate"), share)
 
 
 def check_settings(model: Mapping[str, Any]) -> None:
@@ -19,20 +18,12 @@ def check_settings(model: Mapping[str, Any]) -> None:
         model: The part `model` of a configuration, with `net` in it; what it does not name is not judged.
 
     Raises:
-        InputError: If the learning rate is not above 0, or another number is below 0, or one is NaN or infinite; or if
-            a share of what is dropped is not below 1.
+        InputError: If the learning rate is not above 0, or another rate is below 0, or a share of what is dropped is
+            not below 1, or one of them is NaN or infinite.
     """
-    if _is_number(model.get("lr")) and not 0 < model["lr"] < math.inf:
-        raise InputError(f"model.lr is a finite number above 0, not {model['lr']}")
-    for name in NOT_BELOW_ZERO:
-        if _is_number(model.get(name)) and not 0 <= model[name] < math.inf:
-            raise InputError(f"model.{name} is a finite number of 0 or more, not {model[name]}")
     net = model.get("net")
     arguments = (None if net is None or isinstance(net, str) else net.get("init_args")) or {}
-    for name in BELOW_ONE:
-        if _is_number(arguments.get(name)) and not 0 <= arguments[name] < 1:
-            raise InputError(f"model.net.init_args.{name} is from 0 to below 1, not {arguments[name]}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    for where, values, checks in (("model", model, OF_MODULE), ("model.net.init_args", arguments, OF_NET)):
+        for name, check in checks.items():
+            if isinstance(values.get(name), int | float):
+                check(f"{where}.{name}", values[name])
