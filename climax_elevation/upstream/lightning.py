@@ -20,9 +20,13 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import ParallelStrategy
 
+from climax_elevation.checkpoints import check_weights, read_checkpoint, write_whole
+from climax_elevation.crew import EndTogether
 from climax_elevation.errors import InputError
 from climax_elevation.files import check_folder
+from climax_elevation.health import StopNotFinite, check_statistics
 from climax_elevation.training import TerrainCallback, check_datamodule
+from climax_elevation.upstream.resuming import GoOn, best_checkpoint
 from climax_elevation.upstream.settings import check_settings
 
 OWN, LIGHTNING = "climax_elevation", ("pytorch_lightning", "lightning_fabric")
@@ -80,11 +84,32 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # as the series "today" gives it to upstream's scripts
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
+        parser.add_argument("--allow_nan", type=bool, default=False, help="go on where a loss is not finite")
 
     def before_instantiate_classes(self) -> None:
+        self._allow_nan = self.config.allow_nan
+        if not self._allow_nan:
+            del self.config["allow_nan"]  # upstream's own scripts, which do not know it, take what is saved
         check_folder("trainer.default_root_dir", self.config.trainer.default_root_dir or ".")
 
+    def instantiate_classes(self) -> None:
+        pretrained = self.config.model.get("pretrained_path") or ""
+        try:
+            super().instantiate_classes()
+        except InputError:
+            raise
+        except Exception:  # whatever upstream's module raises for a file that is none
+            if pretrained and "://" not in pretrained:
+                read_checkpoint(pretrained, weights_only=False, what="model.pretrained_path")
+            raise
+        check_statistics(self.datamodule)
+        if not self._allow_nan:
+            check_weights(dict(self.model.named_parameters()), pretrained or "the model")
+
     def after_instantiate_classes(self) -> None:
+        write_whole(self.trainer.strategy)
+        ours = [EndTogether(), GoOn(), *([] if self._allow_nan else [StopNotFinite()])]
+        self.trainer.callbacks[:0] = ours  # type: ignore[attr-defined] # before those that save
         if self._resume is not None:
             self.config.ckpt_path = self._checkpoint("trainer.resume_from_checkpoint", self._resume)
         elif self.config.ckpt_path is not None:
@@ -114,7 +139,9 @@ class TrainingCLI(LightningCLI):
         config = OmegaConf.create(self.parser.dump(self.config, skip_none=False))
         config.ckpt_path = written
         path = str(config.ckpt_path)
-        if "://" not in path and path not in KEYWORDS and not Path(path).exists():
+        if path == "best":
+            return best_checkpoint(self.trainer)
+        if "://" not in path and path not in KEYWORDS and not path.startswith("registry") and not Path(path).exists():
             raise InputError(f"{key} {path} does not exist")
         return path
 
