@@ -23,6 +23,7 @@ from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
 from climax_elevation.files import PREPARE, check_degrees, check_finite, load_npy, load_npz, load_scalars, reading
 from climax_elevation.host.loading import Loader, ResumableLoader, Stretch
+from climax_elevation.host.parts import Part, split, stretch
 from climax_elevation.terrain.reader import HOURS_PER_LEAD_TIME
 
 logger = logging.getLogger(__name__)
@@ -67,12 +68,13 @@ class Shard:
     size: tuple[int, int]
 
 
-class ForecastDataset(IterableDataset[Sample]):
-    """Streams (now, later) pairs from shards, each reader its own part of them.
+class ForecastDataset(IterableDataset[Sample | None]):
+    """Streams (now, later) pairs from shards, each reader its own part of them; None, where a batch ends early.
 
-    The pairs of all shards are one sequence, which is cut into as many equal parts as there are ranks,
-    and each of those into as many as there are workers. All ranks get equally many pairs, so that none
-    waits for another: up to `world_size - 1` pairs are left over, when shuffling other ones each epoch.
+    The pairs of all shards are one sequence, of which every worker of every rank has its own part, as
+    `climax_elevation.host.parts` cuts it: each pair is read once an epoch, whatever the shards' lengths and the
+    number of ranks and workers, and all ranks have equally many batches, so that none waits for another. In training
+    with a batch size of 1 alone up to `world_size - 1` pairs are left over, other ones each epoch.
 
     Args:
         shards: The files; each has more steps than predict_range.
@@ -108,39 +110,40 @@ class ForecastDataset(IterableDataset[Sample]):
         self.buffer_size = buffer_size
         self.seed = seed
         self.epoch = 0
-        self.rank, self.world_size = 0, 1
+        self.rank, self.world_size, self.batch_size = 0, 1, 1
         self.stretch = Stretch()
 
     def total(self) -> int:
         """Number of pairs in all shards."""
         return sum(shard.steps - self.predict_range for shard in self.shards)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Sample | None]:
         worker = get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         index, passed = self.stretch.of_worker(index, workers)
-        start, stop = self._part(index, workers)
+        start, stop, alone = self._part(index, workers)
         if not self.buffer_size:
-            return self._read(self.shards, min(start + passed, stop), stop)
+            return islice(split(self._read(self.shards, start, stop), alone), passed, None)
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.shards))
-        key = [self.seed, self.epoch, self.rank * workers + index]
-        before = islice(_shuffled(iter(range(start, stop)), self.buffer_size, np.random.default_rng(key)), passed)
+
+        def drawn(pairs: Iterator[Drawn]) -> Iterator[Drawn | None]:
+            random = np.random.default_rng([self.seed, self.epoch, self.rank * workers + index])
+            return split(_shuffled(pairs, self.buffer_size, random), alone)
+
+        before = islice(drawn(iter(range(start, stop))), passed)
         pairs = self._read([self.shards[i] for i in order], start, stop, frozenset(before))
-        return islice(_shuffled(pairs, self.buffer_size, np.random.default_rng(key)), passed, None)
+        return islice(drawn(pairs), passed, None)
 
     def lengths(self, workers: int) -> list[int]:
-        """Number of pairs of each worker of this rank; 0 workers read as 1."""
+        """How much each worker of this rank hands out, with the None that end a batch; 0 workers read as 1."""
         parts = (self._part(worker, max(1, workers)) for worker in range(max(1, workers)))
-        return [stop - start for start, stop in parts]
+        return [stop - start + alone for start, stop, alone in parts]
 
-    def _part(self, worker: int, workers: int) -> tuple[int, int]:
-        """First pair and end of this reader's part."""
-        share = self.total() // self.world_size
-        first = self.rank * share
-        return first + worker * share // workers, first + (worker + 1) * share // workers
+    def _part(self, worker: int, workers: int) -> Part:
+        return stretch(self.total(), self.batch_size, self.rank, self.world_size, worker, workers)
 
     def _read(
-        self, shards: Sequence[Shard], start: int, stop: int, without: frozenset[int] = frozenset()
+        self, shards: Sequence[Shard], start: int, stop: int, without: frozenset[int | None] = frozenset()
     ) -> Iterator[Any]:
         """Pairs number `start` to `stop` of the sequence of all; None, and not read, for those `without`."""
         first = 0
@@ -301,20 +304,29 @@ class GlobalForecastDataModule(LightningDataModule):
         total, ranks = dataset.total(), dataset.world_size
         if total < ranks:
             raise InputError(f"{ranks} processes cannot share {total} pairs of fields in {self.root}: use fewer")
-        if total % ranks:
-            logger.info(
-                "%d of %d pairs are left out, so that %d processes have equally many", total % ranks, total, ranks
-            )
+        batch_size = self.hparams["batch_size"]
+        if total % ranks and batch_size == 1:
+            if dataset is self.data_train:
+                logger.info(
+                    "%d of %d pairs are left out each epoch, so that %d processes have equally many batches of one",
+                    total % ranks,
+                    total,
+                    ranks,
+                )
+            else:
+                batch_size = 2  # so that a batch can be smaller, and no pair is left out
+        dataset.batch_size = batch_size
         return kind(
             dataset,
-            batch_size=self.hparams["batch_size"],
+            batch_size=batch_size,
             num_workers=self.hparams["num_workers"],
             pin_memory=self.hparams["pin_memory"],
             collate_fn=_collate,
         )
 
 
-def _collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor, list[str], list[str]]:
+def _collate(given: Sequence[Sample | None]) -> tuple[Tensor, Tensor, Tensor, list[str], list[str]]:
+    samples = [sample for sample in given if sample is not None]
     x, y, lead_times = (torch.stack([sample[i] for sample in samples]) for i in range(3))  # type: ignore[misc]
     return x, y, lead_times, list(samples[0][3]), list(samples[0][4])
 
