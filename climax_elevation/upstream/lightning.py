@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.utilities import rank_zero_only
 
 from climax_elevation.checkpoints import check_weights, read_checkpoint, write_whole
 from climax_elevation.crew import EndTogether
@@ -27,6 +28,7 @@ from climax_elevation.files import check_folder
 from climax_elevation.health import StopNotFinite, check_statistics
 from climax_elevation.training import TerrainCallback, check_datamodule
 from climax_elevation.upstream.resuming import GoOn, best_checkpoint
+from climax_elevation.upstream.schedule import announce, check_shares, check_validation, count_shares
 from climax_elevation.upstream.settings import check_settings
 
 OWN, LIGHTNING = "climax_elevation", ("pytorch_lightning", "lightning_fabric")
@@ -118,6 +120,7 @@ class TrainingCLI(LightningCLI):
             # a script without that series does not hand it on
             self.trainer.fit = functools.partial(self.trainer.fit, ckpt_path=self.config.ckpt_path)  # type: ignore[method-assign]
         self._check_folders()
+        self._check_schedule()
         trainer: Any = self.trainer
         if any(isinstance(callback, TerrainCallback) for callback in trainer.callbacks):
             check_datamodule(self.model, self.datamodule)
@@ -125,6 +128,19 @@ class TrainingCLI(LightningCLI):
             # upstream's scripts test the best checkpoint, and this saves none
             self.trainer.test = _without_checkpoint(self.trainer.test)  # type: ignore[method-assign]
         self.trainer.test = _with_whole_names(self.trainer.test, self.trainer)  # type: ignore[method-assign]
+
+    def _check_schedule(self) -> None:
+        """Before anything starts, that every process has something to do, and what comes of it."""
+        trainer: Any = self.trainer
+        processes = trainer.num_nodes * trainer.num_devices
+        shares = count_shares(self.datamodule, processes)
+        if not shares:
+            return
+        hparams: Any = self.datamodule.hparams
+        check_shares(shares, processes, hparams["num_workers"])
+        check_validation(trainer, shares[0].batches)
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            announce(trainer, shares, processes, hparams["batch_size"])
 
     def _check_folders(self) -> None:
         """Before anything is written, that all can be."""
