@@ -20,6 +20,7 @@ from climax_elevation.forecast.loaded import LoadedRun
 from climax_elevation.forecast.states import open_states
 from climax_elevation.host import StandInClimaX
 from climax_elevation.host.metrics import latitude_weights
+from climax_elevation.host.module import GlobalForecastModule
 from climax_elevation.pretrained import describe
 from climax_elevation.train import train
 
@@ -353,6 +354,9 @@ def test_ground_comes_from_the_runs_data_where_the_source_has_none(folder, run, 
         made = written(forecast(run, source, tmp_path / "out.nc").path)
     assert "orography, land_sea_mask: not in the source, taken from the run's data" in caplog.text
     np.testing.assert_allclose(made["2m_temperature"], reference(folder, run, tmp_path), rtol=1e-6)
+    without = replace(load_run(run), variables=("2m_temperature",), data=tmp_path)
+    with open_states(without, str(source)) as opened:  # as with bias_args.elevation_file
+        assert opened.read("2m_temperature", [0]).shape == (1, 8, 12)
     lower = states().assign(orography=states().orography - 20)
     with caplog.at_level("INFO", "climax_elevation"):
         forecast(run, source, tmp_path / "lower.nc", constants=prepare_data.write(lower, tmp_path / "ground.nc"))
@@ -505,6 +509,21 @@ def test_a_file_that_cannot_be_written_is_one_sentence(folder, run, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write .*file/out.nc"):
         forecast(run, folder / "states.nc", tmp_path / "file" / "out.nc")
+
+
+def test_in_the_middle_of_a_training(folder, tmp_path, no_climax, monkeypatch):
+    """From its folder as it is after an epoch and a half: a checkpoint, and the end still to come."""
+    seen = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 2:
+            seen.append(forecast(tmp_path / "run", folder / "states.nc", tmp_path / "out.nc"))
+
+    monkeypatch.setattr(GlobalForecastModule, "on_train_batch_start", on_train_batch_start)
+    trained(folder, tmp_path / "run", "stand-in", None, "--trainer.max_epochs=2")
+    assert len(seen) == 1
+    assert "epoch=0" in seen[0].run.checkpoint.name
+    assert np.isfinite(written(tmp_path / "out.nc")["2m_temperature"]).all()
 
 
 def test_a_run_that_goes_on(folder, run, tmp_path, monkeypatch):
