@@ -17,6 +17,7 @@ from climax_elevation.data.prepare import prepare
 from climax_elevation.diagnostics import open_run
 from climax_elevation.forecast import forecast
 from climax_elevation.forecast.loaded import LoadedRun
+from climax_elevation.forecast.output import described
 from climax_elevation.forecast.states import open_states
 from climax_elevation.host import StandInClimaX
 from climax_elevation.host.metrics import latitude_weights
@@ -370,6 +371,34 @@ def test_zarr(folder, run, tmp_path):
     np.testing.assert_array_equal(made["2m_temperature"], reference(folder, run, tmp_path))
 
 
+def test_other_levels_and_variables_that_climax_does_not_know(run, tmp_path):
+    source = states()
+    levels = source.t2m.expand_dims(level=[300, 850, 1000], axis=1) - np.arange(3)[:, None, None]
+    source = source.assign(t=levels.assign_attrs(units="K"), dew=source.t2m.assign_attrs(units="degF"))
+    source.level.attrs["units"] = "hPa"
+    path = prepare_data.write(source, tmp_path / "levels.nc")
+    names = ("temperature_850", "temperature_300", "dew", "2m_temperature")
+    wanted = replace(load_run(run), variables=names)
+    with open_states(wanted, str(path)) as opened:
+        for name, lower in zip(names, (1, 0, 0, 0), strict=True):
+            np.testing.assert_allclose(opened.read(name, [3]), values_of("2m_temperature", [3]) - lower, rtol=1e-6)
+        assert described("temperature_850", opened)["long_name"] == "temperature at 850 hPa"
+        assert described("dew", opened) == {"long_name": "dew", "units": "degF"}
+    with (
+        pytest.raises(
+            InputError, match="no level 200 hPa, only 300, 850, 1000: give a source that has the run's input"
+        ),
+        open_states(replace(wanted, variables=("2m_temperature", "temperature_200", "temperature_300")), str(path)),
+    ):
+        pass
+    del source["t2m"].attrs["units"]
+    path = prepare_data.write(source, tmp_path / "no_unit.nc")
+    with pytest.raises(InputError, match="2m_temperature .* must come in one of"), open_states(wanted, str(path)):
+        pass
+    with open_states(wanted, str(path), units={"t2m": "K"}) as opened:
+        np.testing.assert_allclose(opened.read("2m_temperature", [0]), values_of("2m_temperature", [0]))
+
+
 def test_a_single_state_in_grib(run, tmp_path):
     pytest.importorskip("cfgrib")
     source = prepare_data.era5(steps=3).isel(time=[2])
@@ -444,6 +473,11 @@ def test_months_go_by_the_calendar(run, tmp_path, calendar):
         (lambda d: d.drop_vars("u10"), "the source has no '10m_u_component_of_wind'"),
         (lambda d: d.assign(t2m=d.t2m.where(d.t2m.longitude > -94)), "at 2000-01-10T18:00:00 has 16 missing values"),
         (lambda d: d.assign(t2m=(d.t2m.dims, d.t2m.data - 273.15, {"units": "K"})), "outside 100 to 400 in ClimaX's"),
+        (
+            lambda d: d[["v10"]].rename(v10="gust"),
+            "ClimaX knows: give a source that has the run's input, 2m_temperature",
+        ),
+        (lambda d: d[["orography"]], "has nothing that changes in time, only orography"),
         (lambda d: d.isel(time=[0, 0]), "the time 2000-01-01T00:00:00 comes twice"),
         (lambda d: d.assign_coords(time=np.arange(STEPS)), "the time coordinate holds int64 and not dates"),
     ],
@@ -564,3 +598,6 @@ def test_the_pair_of_pictures(folder, run, tmp_path):
     np.testing.assert_allclose(meshes[0], values[0], rtol=1e-6)
     np.testing.assert_allclose(meshes[1], values[0] - values[1], atol=1e-4)
     assert np.abs(meshes[1]).max() > 0.1
+    off = forecast(run, folder / "states.nc", tmp_path / "off.nc", show="10m_u_component_of_wind", bias_scale=0.0)
+    assert off.shown.without is None
+    assert len([axes for axes in picture(off).axes if axes.get_title()]) == 1

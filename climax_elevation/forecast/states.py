@@ -158,7 +158,8 @@ def open_states(
         wanted = [name for name in run.variables if name not in own]
         constant = further if OROGRAPHY.name in wanted else _with_level_ground(dataset, further, grid)
         levels = _levels(wanted, dataset)
-        found = find_fields(dataset, constant, grid, variables=wanted, levels=levels, units=units or {})
+        with _advice_of_forecasts(wanted):
+            found = find_fields(dataset, constant, grid, variables=wanted, levels=levels, units=units or {})
         missing = [name for name in wanted if name not in found.names]
         if missing:
             raise InputError(f"the run's input has {', '.join(missing)}, and {source} has not: give a source that has")
@@ -167,6 +168,18 @@ def open_states(
         months = _months(stamps if len(stamps) > 1 else _stamps_of(record), run.lead_hours)
         fields = {field.name: field for field in found.changing}
         yield States(run, fields, {**found.constant, **own}, grid, times, stamps, months)
+
+
+@contextmanager
+def _advice_of_forecasts(variables: Sequence[str]) -> Iterator[None]:
+    """What `find_fields` says to do, where that is an option of `prepare` that a forecast has not."""
+    try:
+        yield
+    except InputError as error:
+        what, _, advice = str(error).rpartition(": ")
+        if not any(f"option {name}" in advice for name in ("variables", "levels")):
+            raise
+        raise InputError(f"{what}: give a source that has the run's input, {', '.join(variables)}") from error
 
 
 def advanced(time: Any, hours: float, months: int = 0) -> Any:
@@ -212,6 +225,9 @@ def _timed(dataset: xr.Dataset, source: str, time: str | None) -> xr.Dataset:
     """A source of one state has a time axis too."""
     if "time" in dataset.dims:
         return dataset
+    changing = {name: array for name, array in dataset.data_vars.items() if not _is_static(str(name), array)}
+    if not changing:
+        raise InputError(f"{source} has nothing that changes in time, only {', '.join(map(str, dataset.data_vars))}")
     stated = _stated_time(source)
     if stated is not None:
         moment = np.atleast_1d(stated)
@@ -221,11 +237,7 @@ def _timed(dataset: xr.Dataset, source: str, time: str | None) -> xr.Dataset:
         raise InputError(
             f"{source} states no time: say which one it is of with --start, an ISO date such as 2020-01-01T06"
         )
-    changing = {
-        name: array.expand_dims(time=moment)
-        for name, array in dataset.data_vars.items()
-        if not _is_static(str(name), array)
-    }
+    changing = {name: array.expand_dims(time=moment) for name, array in changing.items()}
     return dataset.assign_coords(time=moment).assign(changing)
 
 
