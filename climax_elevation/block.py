@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from climax_elevation.attention import biased_attention, check_engine, choose_engine
 from climax_elevation.attention.kept import KeptBias
 from climax_elevation.bias import ElevationBias, PhysicsBias, RelativePositionBias3D
-from climax_elevation.bias.base import Tensors, take_tokens
+from climax_elevation.bias.base import Tensors, leaves, take_tokens
 from climax_elevation.checks import count, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.terrain.fields import Terrain, downsample_elevation, downsample_wind
@@ -285,12 +285,13 @@ class TerrainBlock(nn.Module):
             positions: What x holds of position embedding, `[1, L, D]`, to be left in raster order.
 
         Raises:
-            InputError: If neither is there.
+            InputError: If neither is there, or has fewer digits than float32.
         """
         if bias_inputs is None:
             if self.handed_in is None:
                 raise InputError("a block with a terrain bias needs bias_inputs, of terrain_inputs(terrain)")
             bias_inputs = self.handed_in.inputs(x.shape[1])
+        _check_precision(bias_inputs)
         if order is not None:
             x = take_tokens(x, order) if positions is None else take_tokens(x - positions, order) + positions
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), bias_inputs)))
@@ -415,6 +416,7 @@ class PhysicsGuidedBlockCorrected(TerrainBlock):
                 "metres, and got None"
             )
         check_finite(elevation, "elevation_patches", "m, and 0 over sea")
+        elevation = elevation.to(torch.promote_types(elevation.dtype, torch.float32))
         if elevation.dim() == 3:
             elevation = downsample_elevation(elevation, self._patch_size(elevation, tokens))
         remedy = "build the block with terrain_is_flat=True"
@@ -459,6 +461,16 @@ def _check_places(x: Tensor, **given: Tensor | None) -> None:
     for name, values in given.items():
         if values is not None and values.device != x.device:
             raise InputError(f"{name} is on {values.device}, and the tokens are on {x.device}: move it there")
+
+
+def _check_precision(bias_inputs: Tensors) -> None:
+    """Raise InputError for half precision, in which a mountain of 4000 m is known to 16 m and a place to 25 km."""
+    for values in leaves(bias_inputs):
+        if values.is_floating_point() and values.dtype.itemsize < 4:
+            raise InputError(
+                f"terrain came to a block as {values.dtype}, which rounds it by metres: hand it on in float32; under "
+                "FSDP2 take torch.autocast in the place of a MixedPrecisionPolicy with param_dtype"
+            )
 
 
 def timm_block(dim: int, num_heads: int, mlp_ratio: float, *, drop: float, **options: Any) -> nn.Module:

@@ -10,7 +10,11 @@ from climax_elevation.errors import InputError
 
 def finite(name: str, value: float) -> float:
     """`value` as a float; InputError unless it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        known = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        known = False
+    if not known:
         raise InputError(f"{name} is a finite number, not {value!r}")
     return float(value)
 
@@ -19,6 +23,27 @@ def positive(name: str, value: float, unit: str) -> float:
     """`value` as a float; InputError unless it is a finite number above 0."""
     if not finite(name, value) > 0:
         raise InputError(f"{name} is a number of {unit} above 0, not {value!r}")
+    return float(value)
+
+
+def not_below_zero(name: str, value: float) -> float:
+    """`value` as a float; InputError unless it is a finite number of 0 or more."""
+    if finite(name, value) < 0:
+        raise InputError(f"{name} is 0 or more, not {value!r}")
+    return float(value)
+
+
+def share(name: str, value: float) -> float:
+    """`value` as a float; InputError unless it is from 0 to below 1."""
+    if not 0 <= finite(name, value) < 1:
+        raise InputError(f"{name} is from 0 to below 1, not {value!r}")
+    return float(value)
+
+
+def learning_rate(name: str, value: float) -> float:
+    """`value` as a float; InputError unless it is a finite number above 0."""
+    if finite(name, value) <= 0:
+        raise InputError(f"{name} is above 0, not {value!r}")
     return float(value)
 
 
@@ -41,4 +66,11 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
     choices = tuple(choices)
     if value not in choices:
         raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def text(name: str, value: str) -> str:
+    """`value`; InputError unless it is a text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{name} is a text, and not empty, not {value!r}")
     return value

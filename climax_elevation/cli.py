@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from climax_elevation.errors import InputError
+from climax_elevation.files import check_folder
 from climax_elevation.train import MODULES
 from climax_elevation.upstream.patching import CHOICES
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from climax_elevation.diagnostics import Run
 
+RUN_OPTIONS = ("part", "checkpoint", "data", "climax")
 INTERRUPTED = 130  # what a shell returns for a program that was stopped by Ctrl-C
 
 
@@ -40,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options, theirs) or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if not error.said:
+            print(f"error: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -55,10 +58,21 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
     return arguments[:at], arguments[at + 1 :]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends with one sentence, without the usage of all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+def _path(written: str) -> Path:
+    if not written:
+        raise argparse.ArgumentTypeError("a path is expected, and not ''")
+    return Path(written)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="climax-elevation", description="Terrain-aware attention for the ClimaX weather transformer."
-    )
+    parser = _Parser(prog="climax-elevation", description="Terrain-aware attention for the ClimaX weather transformer.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -72,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bias", default="physics", metavar="NAME", help="which bias, or a sum: ridge+advection (default: physics)"
     )
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of data, weights and order (default: 0)")
-    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="OUT", help="folder (default: demo)")
+    demo.add_argument("--out", type=_path, default=Path("demo"), metavar="OUT", help="folder (default: demo)")
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser(
@@ -84,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         "overrides such as --model.net.init_args.use_physics_mask=true.",
     )
     train.add_argument("module", choices=MODULES, metavar="MODULE", help=", ".join(MODULES))
-    train.add_argument("--climax", type=Path, metavar="PATH", help="a checkout of microsoft/ClimaX, or its folder")
+    train.add_argument("--climax", type=_path, metavar="PATH", help="a checkout of microsoft/ClimaX, or its folder")
     train.add_argument(
         "--pretrained-variables",
         nargs="+",
@@ -96,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     patch = commands.add_parser("patch", help="apply, check or revert the patches of a ClimaX checkout")
     patch.add_argument("action", choices=["apply", "check", "revert"])
-    patch.add_argument("path", type=Path, metavar="PATH", help="a checkout of microsoft/ClimaX at 6d5d354")
+    patch.add_argument("path", type=_path, metavar="PATH", help="a checkout of microsoft/ClimaX at 6d5d354")
     patch.add_argument(
         "--series",
         choices=CHOICES,
@@ -107,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
     prepare = commands.add_parser("prepare", help="turn reanalysis files into ClimaX's training format")
     prepare.add_argument("source", metavar="SOURCE", help="netCDF, GRIB or Zarr: a file, folder, pattern or URL")
-    prepare.add_argument("out", type=Path, metavar="OUT", help="folder to write: new, or begun by the same command")
+    prepare.add_argument("out", type=_path, metavar="OUT", help="folder to write: new, or begun by the same command")
     prepare.add_argument("--val-from", metavar="DATE", help="first year or date of validation (default: 80 %% of time)")
     prepare.add_argument("--test-from", metavar="DATE", help="first year or date of test (default: 90 %% of time)")
     prepare.add_argument("--patch-size", type=int, default=2, metavar="N", help="crop to a multiple of N (default: 2)")
@@ -162,8 +176,10 @@ def _parser() -> argparse.ArgumentParser:
         "where ClimaX is found, else on the stand-in host; writes results.csv, differences.csv and report.md, and "
         "prints the report. The same command goes on where it was stopped; seeds and variants may be added.",
     )
-    compare.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file, such as configs/compare/tracer.yaml")
-    compare.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: the file's)")
+    compare.add_argument(
+        "config", type=_path, metavar="CONFIG", help="a YAML file, such as configs/compare/tracer.yaml"
+    )
+    compare.add_argument("--out", type=_path, metavar="DIR", help="run directory (default: the file's)")
     compare.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: one a GPU, or one on the CPU)")
     compare.add_argument("--seeds", nargs="+", type=int, metavar="N", help="in the place of the file's")
     compare.add_argument("--variants", nargs="+", metavar="NAME", help="only these, and the baseline")
@@ -179,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
         "trained there is alive, and how the error changes with elevation zeroed or permuted, wind reversed, and the "
         "bias times 0, 0.5 and 2.",
     )
-    doctor.add_argument("folder", nargs="?", type=Path, metavar="RUN", help="folder of a run of train or compare")
+    doctor.add_argument("folder", nargs="?", type=_path, metavar="RUN", help="folder of a run of train or compare")
     _add_run_options(doctor)
     doctor.set_defaults(run=_doctor)
     return parser
@@ -198,8 +214,8 @@ def _add_kinds(kinds: Any) -> None:
     parsers = {name: kinds.add_parser(name, help=text, description=text) for name, text in helps.items()}
     for name, parser in parsers.items():
         what = "of a comparison, or its differences.csv" if name == "forest" else "of a run of train or compare"
-        parser.add_argument("folder", type=Path, metavar="RUN", help=f"folder {what}")
-        parser.add_argument("--out", type=Path, default=Path(name), metavar="PATH", help=f"without suffix ({name})")
+        parser.add_argument("folder", type=_path, metavar="RUN", help=f"folder {what}")
+        parser.add_argument("--out", type=_path, metavar="PATH", help=f"without suffix (default: {name})")
         parser.set_defaults(run=_plot)
     for name in ("bias", "attention", "transect"):
         parser = parsers[name]
@@ -211,7 +227,9 @@ def _add_kinds(kinds: Any) -> None:
         parser.add_argument("--head", type=int, metavar="N", help="which head (default: the mean of all)")
     for axis in ("lat", "lon"):
         parsers["transect"].add_argument(f"--to-{axis}", type=float, required=True, metavar="DEGREES", help="its end")
-    parsers["errors"].add_argument("--against", type=Path, metavar="RUN", help="folder of another run of the same data")
+    parsers["errors"].add_argument(
+        "--against", type=_path, metavar="RUN", help="folder of another run of the same data"
+    )
     for name in ("bias", "attention", "transect", "errors"):
         _add_run_options(parsers[name])
     for name in ("errors", "forest"):
@@ -221,14 +239,14 @@ def _add_kinds(kinds: Any) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--part", default="val", metavar="PART", help="of the data: val or test (default: val)")
+    parser.add_argument("--part", metavar="PART", help="of the data: val or test (default: val)")
     _add_opening_options(parser, "folder of shards")
 
 
 def _add_opening_options(parser: argparse.ArgumentParser, data: str) -> None:
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="which (default: the only one, or last.ckpt)")
-    parser.add_argument("--data", type=Path, metavar="ROOT", help=f"{data} (default: the run's)")
-    parser.add_argument("--climax", type=Path, metavar="PATH", help="a checkout of ClimaX, for a run of ClimaX itself")
+    parser.add_argument("--checkpoint", type=_path, metavar="FILE", help="which (default: the only one, or last.ckpt)")
+    parser.add_argument("--data", type=_path, metavar="ROOT", help=f"{data} (default: the run's)")
+    parser.add_argument("--climax", type=_path, metavar="PATH", help="a checkout of ClimaX, for a run of ClimaX itself")
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> None:
@@ -313,7 +331,12 @@ def _units(pairs: list[str]) -> dict[str, str]:
 
 
 def _plot(options: argparse.Namespace, _: list[str]) -> None:
-    for file in _plots().save(_figure(options), _without_suffix(options.out)):
+    plots = _plots()
+    out = options.out or Path(options.kind)
+    if options.out is not None and out.is_dir():
+        raise InputError(f"--out is a file's name without suffix, and {out} is a folder: write {out / options.kind}")
+    check_folder("the folder of --out", out.parent)
+    for file in plots.save(_figure(options), _without_suffix(out)):
         print(file)
 
 
@@ -327,7 +350,7 @@ def _plots() -> ModuleType:
 
 
 def _without_suffix(path: Path) -> Path:
-    return path.parent / path.name.removesuffix(".png")
+    return path.with_suffix("") if path.suffix in (".png", ".pdf") else path
 
 
 def _figure(options: argparse.Namespace) -> Figure:
@@ -342,8 +365,8 @@ def _figure(options: argparse.Namespace) -> Figure:
         if options.kind == "errors":
             names = (options.folder.name, None if options.against is None else options.against.name)
             with nullcontext() if options.against is None else _opened(options, options.against) as other:
-                return pictures.errors(run, other, part=options.part, variable=options.variable, names=names)
-        seen = {name: getattr(options, name) for name in ("part", "sample", "block", "head")}
+                return pictures.errors(run, other, part=_part(options), variable=options.variable, names=names)
+        seen = {name: getattr(options, name) for name in ("sample", "block", "head")} | {"part": _part(options)}
         place = (options.lat, options.lon)
         if options.kind == "transect":
             return pictures.across(run, place, (options.to_lat, options.to_lon), **seen)
@@ -351,6 +374,10 @@ def _figure(options: argparse.Namespace) -> Figure:
             raise InputError("a place has a latitude and a longitude: give both --lat and --lon")
         draw = {"bias": pictures.bias, "attention": pictures.attention}[options.kind]
         return draw(run, None if None in place else place, **seen)
+
+
+def _part(options: argparse.Namespace) -> str:
+    return "val" if options.part is None else options.part
 
 
 def _opened(options: argparse.Namespace, folder: Path) -> AbstractContextManager[Run]:
@@ -362,11 +389,14 @@ def _opened(options: argparse.Namespace, folder: Path) -> AbstractContextManager
 
 
 def _doctor(options: argparse.Namespace, _: list[str]) -> int:
+    given = [name for name in RUN_OPTIONS if options.folder is None and getattr(options, name) is not None]
+    if given:
+        raise InputError(f"--{given[0]} is about a run: give RUN too, the folder of one of train or compare")
     if options.folder is not None:
         from climax_elevation.diagnostics import examine
 
         with _opened(options, options.folder) as run:
-            print(examine(run, options.part))
+            print(examine(run, _part(options)))
         return 0
     from climax_elevation.doctor import doctor, render, status
 

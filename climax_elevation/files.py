@@ -1,7 +1,9 @@
 """Files of numbers: written whole or not at all, and read, or named in a sentence."""
 
+import csv
 import logging
 import os
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -128,6 +130,15 @@ def reading(path: Path, remedy: str) -> Iterator[None]:
         raise InputError(f"{path} is damaged ({said}): {remedy}") from error
 
 
+@contextmanager
+def reading_table(path: Path) -> Iterator[None]:
+    """Makes one sentence of what a table (CSV) that is none, or is damaged, raises."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise InputError(f"{path} is no table, or damaged ({error}): name another, or have it written again") from error
+
+
 def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     # Written beside its folder, not in it: ClimaX reads every file of train/, val/ and test/.
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +151,25 @@ def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_folder(name: str, path: str | Path) -> None:
+    """Raise InputError unless a folder is there, or can be made, and written to; nothing is left of the trial."""
+    if "://" in str(path):
+        return
+    wanted = Path(path).absolute()
+    there = next(folder for folder in (wanted, *wanted.parents) if os.path.lexists(folder))
+    try:
+        with tempfile.TemporaryDirectory(dir=there, prefix=".climax-elevation-"):
+            pass
+    except OSError as error:
+        raise InputError(f"{name} {path} cannot be written to ({there}: {error.strerror}): name another") from error
+
+
+def check_own(folder: Path, marks: Iterable[str], what: str) -> None:
+    """Raise InputError unless a folder is new or empty, or has one of the files or folders that mark it as `what`."""
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / mark).exists() for mark in marks):
+        raise InputError(f"{folder} holds other data, and not {what}: name another folder")
 
 
 @contextmanager

@@ -96,7 +96,8 @@ class AttachOptions:
         seed = self.control_seed
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= HIGHEST_SEED:
             raise InputError(f"control_seed is a whole number from 0 to {HIGHEST_SEED}, not {seed!r}")
-        winds = () if isinstance(self.wind_variables, str) else self.wind_variables or ()
+        named = isinstance(self.wind_variables, Sequence) and not isinstance(self.wind_variables, str)
+        winds = self.wind_variables if named else ()
         if len(winds) != 2 or not all(map(_is_name, winds)):
             raise InputError(
                 f"wind_variables names two channels, eastward and northward wind, not {self.wind_variables!r}"

@@ -22,6 +22,8 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from climax_elevation.bias.base import like_parameters
+from climax_elevation.checkpoints import check_weights, read_checkpoint
 from climax_elevation.data.names import CLIMAX_LEVELS_HPA
 from climax_elevation.errors import InputError
 
@@ -94,12 +96,13 @@ def load_pretrained(module: nn.Module, source: str, *, trusted: bool = False) ->
         trusted: Whether a checkpoint with more than tensors is unpickled, which may run whatever it holds.
 
     Raises:
-        InputError: If it is absent, is no checkpoint, has no weight that fits, or has weights of variables
-            that it does not name.
+        InputError: If it is absent, cut short or no checkpoint, has no weight that fits, one that is not finite, or
+            weights of variables that it does not name.
     """
     checkpoint = _read(source, trusted)
     saved = {key.replace("channel", "var"): value for key, value in checkpoint["state_dict"].items()}
     own = module.state_dict()
+    saved = like_parameters(saved, own)
     net: Any = module.net
     weights = _of_variables(saved, _described(checkpoint, source), source)
     grid = (net.img_size[0] // net.patch_size, net.img_size[1] // net.patch_size)
@@ -110,6 +113,7 @@ def load_pretrained(module: nn.Module, source: str, *, trusted: bool = False) ->
     fitting |= placed
     if not fitting:
         raise InputError(f"no weight in {source} fits the model: its keys begin with {', '.join(list(saved)[:3])}")
+    check_weights(fitting, source)
     try:
         module.load_state_dict(fitting, strict=False)
     except RuntimeError as error:  # shapes fit: what is left is terrain that disagrees
@@ -303,32 +307,14 @@ def _position(
 # ---- the file --------------------------------------------------------------------------------------
 
 
-def _read(source: str, trusted: bool) -> dict[str, Any]:
-    if not source.startswith(("http://", "https://")) and not Path(source).is_file():
-        raise InputError(f"model.pretrained_path {source} does not exist")
+def _read(source: str, trusted: bool) -> Mapping[str, Any]:
+    if "://" not in source:
+        return read_checkpoint(source, weights_only=not trusted, what="model.pretrained_path")
     try:
-        checkpoint = _loaded(source, weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        if not trusted:
-            raise InputError(
-                f"{source} is no checkpoint of tensors alone ({str(error).splitlines()[0]}): save one that holds its "
-                "state_dict and nothing else"
-            ) from error
-        checkpoint = _loaded_whole(source)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise InputError(f"{source} is not a Lightning checkpoint: it has no state_dict")
-    return checkpoint
-
-
-def _loaded(source: str, *, weights_only: bool) -> Any:
-    if source.startswith(("http://", "https://")):
-        return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=weights_only)
-    return torch.load(source, map_location="cpu", weights_only=weights_only)
-
-
-def _loaded_whole(source: str) -> Any:
-    try:
-        return _loaded(source, weights_only=False)
+        checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=not trusted)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ImportError, AttributeError) as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{source} is no checkpoint that can be read: {said}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise InputError(f"{source} is not a Lightning checkpoint: it has no state_dict")
+    return checkpoint

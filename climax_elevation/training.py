@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from pytorch_lightning import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from climax_elevation.bias import ElevationBias
 from climax_elevation.checks import positive
@@ -19,6 +20,8 @@ from climax_elevation.seam import TerrainSeam
 from climax_elevation.watch import settle
 
 logger = logging.getLogger(__name__)
+
+NUMBERS = ("step", "mu_product", "eta", "mu")  # that optimisers keep of a parameter, whatever its shape
 
 
 class TerrainCallback(Callback):
@@ -44,6 +47,7 @@ class TerrainCallback(Callback):
         self.lr_factor = positive("lr_factor", lr_factor, "times the learning rate")
         self._started: dict[str, float] = {}
         self._own_rates: list[OwnRate] = []
+        self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         datamodule = getattr(trainer, "datamodule", None)
@@ -55,13 +59,14 @@ class TerrainCallback(Callback):
         parameters = bias_parameters(pl_module)
         for optimizer in trainer.optimizers:
             exempt_from_decay(optimizer, list(parameters.values()))
+            self._hooks.append(read_older_scalars(optimizer, list(parameters.values())))
             if self.lr_factor != 1 and parameters:
                 self._own_rates.append(OwnRate(optimizer, list(parameters.values()), self.lr_factor))
         self._started = _scalars(parameters)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # perhaps in the middle of a step, and a checkpoint may still be written
-        self._end_own_rates()
+        self._let_go()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         describe(checkpoint, getattr(pl_module, "net", None))
@@ -79,15 +84,19 @@ class TerrainCallback(Callback):
         settle()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_own_rates()
+        self._let_go()
         now = _scalars(bias_parameters(pl_module))
         for name, start in self._started.items():
             logger.info("terrain: %s moved from %.6g to %.6g", name, start, now[name])
 
-    def _end_own_rates(self) -> None:
+    def _let_go(self) -> None:
+        """Leave the optimisers as they were found."""
         for own_rate in self._own_rates:
             own_rate.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._own_rates.clear()
+        self._hooks.clear()
 
 
 class OwnRate:
@@ -144,6 +153,19 @@ class OwnRate:
         self._whole = []
 
 
+def read_older_scalars(optimizer: Optimizer, parameters: list[nn.Parameter]) -> RemovableHandle:
+    """From now on what an optimiser loads of `parameters` of shape (1,) gets that shape, where it has none."""
+
+    def give_dimension(optimizer: Optimizer) -> None:
+        for parameter in parameters:
+            state = optimizer.state.get(parameter, {})
+            for name, value in state.items():
+                if name not in NUMBERS and isinstance(value, Tensor) and value.shape == () and parameter.shape == (1,):
+                    state[name] = value.reshape(1)
+
+    return optimizer.register_load_state_dict_post_hook(give_dimension)
+
+
 def exempt_from_decay(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
     """Move `parameters` to the group of `optimizer` that has no weight decay.
 
@@ -172,6 +194,16 @@ def read_datamodule(module: nn.Module, datamodule: Any) -> None:
     for part in module.modules():
         if isinstance(part, TerrainSeam):
             _read(part, datamodule)
+
+
+def check_datamodule(module: nn.Module, datamodule: Any) -> None:
+    """`read_datamodule`, and InputError unless the data have all that the terrain is read from."""
+    read_datamodule(module, datamodule)
+    variables = _variables(datamodule)
+    for part in module.modules():
+        if isinstance(part, TerrainSeam):
+            for names in variables.values() if isinstance(variables, dict) else [variables]:
+                part.check_channels(names)
 
 
 def bias_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

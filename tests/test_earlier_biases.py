@@ -24,7 +24,7 @@ def test_multiplicative_is_the_mask_after_softmax():
     weights = torch.randn_like(logits)
     bias = MultiplicativeBias(strength_init=0.8).double()
     got = (logits + bias(z)).softmax(-1)
-    strength = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    strength = torch.tensor([0.8], dtype=torch.float64, requires_grad=True)
     mask = torch.sigmoid(-strength * (z[:, None, :] - z[:, :, None]) / 1000)[:, None]
     masked = logits.softmax(-1) * mask
     expected = masked / masked.sum(-1, keepdim=True)
@@ -87,7 +87,7 @@ def test_adaptive_equals_the_plain_loop_with_its_gradient():
     weights = torch.randn_like(expected)
     (a,) = torch.autograd.grad((got * weights).sum(), bias.adaptive_scale)
     (b,) = torch.autograd.grad((expected * weights).sum(), scale)
-    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(a, b[None], rtol=1e-12, atol=1e-12)
 
 
 def bucket(offset, num_buckets=32, max_distance=128):

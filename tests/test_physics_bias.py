@@ -65,8 +65,8 @@ def test_equals_the_plain_loop_with_every_gradient(wind, direction, terrain_batc
     z = (torch.rand(terrain_batch, 5, dtype=torch.float64) * 4000).requires_grad_()
     w = (torch.rand(3, 5, dtype=torch.float64) * 12).requires_grad_() if wind else None
     bias = PhysicsBias(wind=wind, direction=direction, alpha_init=1.25, beta_init=0.375).double()
-    alpha = torch.tensor(1.25, dtype=torch.float64, requires_grad=True)
-    beta = torch.tensor(0.375, dtype=torch.float64, requires_grad=True)
+    alpha = torch.tensor([1.25], dtype=torch.float64, requires_grad=True)
+    beta = torch.tensor([0.375], dtype=torch.float64, requires_grad=True)
     got = bias(z, w) if wind else bias(z)
     expected = loop_bias(z, w, alpha, beta, direction)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
@@ -127,7 +127,7 @@ def test_wind_acts_over_the_range_of_real_winds():
 def test_without_wind_there_is_no_beta():
     assert [name for name, _ in PhysicsBias(wind=False).named_parameters()] == ["elevation_alpha"]
     assert [name for name, _ in PhysicsBias().named_parameters()] == ["elevation_alpha", "wind_beta"]
-    assert all(parameter.shape == () for parameter in PhysicsBias().parameters())
+    assert all(parameter.shape == (1,) for parameter in PhysicsBias().parameters())
 
 
 heights = st.lists(st.floats(-430, 8800, width=32), min_size=2, max_size=8)

@@ -186,7 +186,7 @@ def test_froude_equals_the_plain_loop_with_its_gradient(direction):
     bias = RidgeBias(form="froude", direction=direction, alpha_init=1.5).double()
     got = bias(*bias.inputs(terrain))
     highest, z = -ridge(terrain) * 1000 + terrain.elevation_m[0][:, None], terrain.elevation_m[0]
-    alpha = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    alpha = torch.tensor([1.5], dtype=torch.float64, requires_grad=True)
     rows = []
     for b in range(2):
         for i in range(12):

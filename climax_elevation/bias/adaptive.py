@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from climax_elevation.bias.base import ElevationBias, Tensors
+from climax_elevation.bias.base import ElevationBias, Tensors, scalar
 from climax_elevation.bias.physics import check_elevation, check_speed
 from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import finite, positive
@@ -47,7 +47,7 @@ class AdaptiveBias(ElevationBias):
         super().__init__()
         self.height_scale_m = positive("height_scale_m", height_scale_m, "metres")
         self.wind_threshold_m_s = finite("wind_threshold_m_s", wind_threshold_m_s)
-        self.adaptive_scale = nn.Parameter(torch.tensor(finite("scale_init", scale_init)))
+        self.adaptive_scale = scalar("scale_init", scale_init)
 
     def inputs(self, terrain: Terrain) -> Tensors:
         terrain.require(self.needs, "the adaptive bias")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from climax_elevation.checks import finite
 from climax_elevation.errors import InputError
 
 if TYPE_CHECKING:
@@ -154,6 +155,44 @@ class ElevationBias(nn.Module):
         for parameter in self.parameters():
             dtype = torch.promote_types(dtype, parameter.dtype)
         return dtype
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        own = {f"{prefix}{name}": parameter for name, parameter in self.named_parameters(recurse=False)}
+        incoming = like_parameters(state_dict, own)
+        super()._load_from_state_dict(incoming, prefix, *rest)
+
+
+def scalar(name: str, value: float) -> nn.Parameter:
+    """A number that is learned, `[1]`: FSDP2 takes no parameter without a dimension.
+
+    Raises:
+        InputError: If `value`, which is called `name`, is no finite number.
+    """
+    return nn.Parameter(torch.tensor([finite(name, value)]))
+
+
+def like_parameters(saved: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`saved` tensors by name; a number without a dimension, as older and published checkpoints have it, gets one.
+
+    Args:
+        saved: By name; left as it is.
+        parameters: That they are for, by the same names. Where one is `[1]`, a saved `[]` is made so.
+    """
+    found = dict(saved)
+    for name, parameter in parameters.items():
+        tensor = found.get(name)
+        if isinstance(tensor, Tensor) and tensor.shape == () and parameter.shape == (1,):
+            found[name] = _placed(tensor.reshape(1), parameter)
+    return found
+
+
+def _placed(tensor: Tensor, parameter: Any) -> Tensor:
+    """On the processes where a parameter is, if FSDP2 has spread it over several."""
+    if not hasattr(parameter, "device_mesh") or hasattr(tensor, "device_mesh"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
 def literal(value: Any, lasting: bool = False) -> str | None:

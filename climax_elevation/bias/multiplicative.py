@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from climax_elevation.bias.base import ElevationBias, Tensors
+from climax_elevation.bias.base import ElevationBias, Tensors, scalar
 from climax_elevation.bias.physics import check_elevation
 from climax_elevation.bias.registry import register_bias
-from climax_elevation.checks import finite, positive
+from climax_elevation.checks import positive
 
 if TYPE_CHECKING:
     from climax_elevation.terrain.fields import Terrain
@@ -40,7 +39,7 @@ class MultiplicativeBias(ElevationBias):
     def __init__(self, *, strength_init: float = 1.0, height_scale_m: float = 1000.0) -> None:
         super().__init__()
         self.height_scale_m = positive("height_scale_m", height_scale_m, "metres")
-        self.elevation_strength = nn.Parameter(torch.tensor(finite("strength_init", strength_init)))
+        self.elevation_strength = scalar("strength_init", strength_init)
 
     def inputs(self, terrain: Terrain) -> Tensors:
         return (terrain.elevation_m,)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from climax_elevation import compiled
-from climax_elevation.bias.base import ElevationBias, Gradients, Pullback, Tensors
+from climax_elevation.bias.base import ElevationBias, Gradients, Pullback, Tensors, scalar
 from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import finite, one_of, positive, true_or_false
 from climax_elevation.errors import InputError
@@ -67,9 +67,9 @@ class PhysicsBias(ElevationBias):
         self.height_scale_m = positive("height_scale_m", height_scale_m, "metres")
         self.wind_threshold_m_s = finite("wind_threshold_m_s", wind_threshold_m_s)
         self.needs = frozenset({"speed"}) if wind else frozenset()
-        self.elevation_alpha = nn.Parameter(torch.tensor(finite("alpha_init", alpha_init)))
+        self.elevation_alpha = scalar("alpha_init", alpha_init)
         if wind:
-            self.wind_beta = nn.Parameter(torch.tensor(finite("beta_init", beta_init)))
+            self.wind_beta = scalar("beta_init", beta_init)
 
     def inputs(self, terrain: Terrain) -> Tensors:
         terrain.require(self.needs, "the physics bias")
@@ -132,9 +132,9 @@ class PhysicsBias(ElevationBias):
         return b, gradients
 
     def _named(self, of_alpha: Tensor, of_beta: Tensor | None) -> Gradients:
-        found = {"elevation_alpha": of_alpha.to(self.elevation_alpha.dtype)}
+        found = {"elevation_alpha": _shaped(of_alpha, self.elevation_alpha)}
         if of_beta is not None:
-            found["wind_beta"] = of_beta.to(self.wind_beta.dtype)
+            found["wind_beta"] = _shaped(of_beta, self.wind_beta)
         return found, [], []
 
     def extra_repr(self) -> str:
@@ -142,6 +142,11 @@ class PhysicsBias(ElevationBias):
             f"wind={self.wind}, direction={self.direction!r}, height_scale_m={self.height_scale_m:g}, "
             f"wind_threshold_m_s={self.wind_threshold_m_s:g}"
         )
+
+
+def _shaped(total: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient as its parameter is: `[1]`, or `[]` in what an older version exported."""
+    return total.to(parameter.dtype).view_as(parameter)
 
 
 def penalised(rise: Tensor, direction: str) -> Tensor:

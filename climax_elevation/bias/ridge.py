@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from climax_elevation.bias.base import ElevationBias, Tensors, take_tokens
+from climax_elevation.bias.base import ElevationBias, Tensors, scalar, take_tokens
 from climax_elevation.bias.paths import STEPS_A_METRE, PathExcess, path_excess
 from climax_elevation.bias.physics import DIRECTIONS, check_elevation, check_speed, penalised, wind_modulation
 from climax_elevation.bias.registry import register_bias
@@ -86,9 +85,9 @@ class RidgeBias(ElevationBias):
         self.wind_threshold_m_s = finite("wind_threshold_m_s", wind_threshold_m_s)
         self.buoyancy_frequency_per_s = positive("buoyancy_frequency_per_s", buoyancy_frequency_per_s, "1/s")
         self.needs = frozenset({"speed"}) if wind else frozenset()
-        self.elevation_alpha = nn.Parameter(torch.tensor(finite("alpha_init", alpha_init)))
+        self.elevation_alpha = scalar("alpha_init", alpha_init)
         if wind and form == "height":
-            self.wind_beta = nn.Parameter(torch.tensor(finite("beta_init", beta_init)))
+            self.wind_beta = scalar("beta_init", beta_init)
         self._paths: PathExcess | None = None
 
     def prepare(self, terrain: Terrain, cache_dir: Path | None = None) -> None:

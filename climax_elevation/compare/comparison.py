@@ -43,7 +43,7 @@ from climax_elevation.compare.scores import PARTS, Samples, Scorer, save_samples
 from climax_elevation.compare.significance import FEWEST_BLOCKS
 from climax_elevation.compare.tables import Results, differences_table, results_table
 from climax_elevation.errors import InputError
-from climax_elevation.files import alone
+from climax_elevation.files import alone, check_own
 from climax_elevation.testbed.altitude import region_elevation
 from climax_elevation.testbed.fit import DataSettings, one_thread
 from climax_elevation.testbed.tracer import floor, write_tracer_dataset
@@ -104,6 +104,7 @@ def compare(
     jobs = count("--jobs", jobs) if jobs is not None else max(1, len(devices))
     climax, host = _host(configuration.host)
     out = configuration.out
+    check_own(out, (FILES, DATA, RUNS), "a comparison")
     with alone(out, f"another comparison is running in {out}: wait for it, or give another --out"):
         return _compare(configuration, climax, host, devices, jobs)
 

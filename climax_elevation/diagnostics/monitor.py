@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from climax_elevation.checks import count
 from climax_elevation.diagnostics.strength import Seen, Strength, measure, terrain_blocks, watch
 from climax_elevation.errors import InputError
+from climax_elevation.files import reading_table
 
 FILE = "bias.csv"
 
@@ -116,12 +117,13 @@ def read_record(path: str | Path) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path} does not exist: add climax_elevation.diagnostics.BiasMonitor to trainer.callbacks")
-    with path.open(newline="") as file:
+    with reading_table(path), path.open(newline="") as file:
         header, *rows = list(csv.reader(file)) or [[]]
     if tuple(header) != Row._fields:
         raise InputError(f"{path} is no record of BiasMonitor, whose columns are {', '.join(Row._fields)}")
     whole = path.read_bytes().endswith(b"\n")
-    return [_row(row) for row in (rows if whole else rows[:-1])]
+    with reading_table(path):
+        return [_row(row) for row in (rows if whole else rows[:-1])]
 
 
 def _row(written: list[str]) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -225,7 +226,8 @@ def _patch(lat: Array, lon: Array, grid: tuple[int, int], place: Place) -> int:
     centres = _vectors(lat, lon)
     nearest = (centres - _vectors(*place)).norm(dim=-1)
     chosen = int(nearest.argmin())
-    if not -90 <= place[0] <= 90 or nearest[chosen] > ROOM * _spacing(centres, grid, chosen):
+    known = -90 <= place[0] <= 90 and math.isfinite(place[1])
+    if not known or nearest[chosen] > ROOM * _spacing(centres, grid, chosen):
         raise InputError(
             f"{_words(place)} is outside the grid, whose patches have centres from {latitude_words(lat.min())} to "
             f"{latitude_words(lat.max())} and {longitude_words(lon.min())} to {longitude_words(lon.max())}"

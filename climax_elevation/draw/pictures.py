@@ -14,6 +14,7 @@ from climax_elevation.diagnostics.run import Run
 from climax_elevation.diagnostics.view import Place, error_field, ground_field, transect, view_from
 from climax_elevation.draw import plots
 from climax_elevation.errors import InputError
+from climax_elevation.files import reading_table
 
 DIFFERENCES = "differences.csv"
 COLUMNS = (
@@ -97,7 +98,7 @@ def forest(
         InputError: If there is no such file or it is another, or what to draw is not clear.
     """
     file = _one_file(Path(source), DIFFERENCES)
-    with file.open(newline="") as opened:
+    with reading_table(file), file.open(newline="") as opened:
         rows = list(csv.DictReader(opened))
     missing = [name for name in COLUMNS if rows and name not in rows[0]]
     if missing or not rows:
@@ -110,7 +111,8 @@ def forest(
     relative = all(row["percent"] for row in rows)
     unit = "% of the counterpart's; below 0: smaller error" if relative else "dimensionless; above 0: better"
     of = f"variable: {chosen['variable']}, part: {chosen['part']}, stratum: {chosen['stratum']}"
-    differences = [_difference(row, "percent" if relative else "difference") for row in rows]
+    with reading_table(file):
+        differences = [_difference(row, "percent" if relative else "difference") for row in rows]
     return plots.forest_figure(differences, of, f"difference in {chosen['metric']} ({unit})")
 
 

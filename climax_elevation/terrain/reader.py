@@ -303,7 +303,11 @@ class TerrainReader(nn.Module):
             )
         if self._field is not None:
             self._settle_elevation(None, None)
-        if "elevation_m" not in self._sources:
+        self.check_channels(variables)
+
+    def check_channels(self, variables: Sequence[str]) -> None:
+        """Raise InputError unless an input of these variables has all that is read, and its units are known."""
+        if "elevation_m" not in self._sources and self._field is None:
             self._check_channel(self.elevation_variable, "elevation", variables)
         for name in self.wind_variables or ():
             self._check_channel(name, "wind", variables)

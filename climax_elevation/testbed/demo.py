@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from climax_elevation.bias import ElevationBias
 from climax_elevation.diagnostics.view import Field, steepest_rise
 from climax_elevation.errors import InputError
+from climax_elevation.files import check_folder
 from climax_elevation.host import StandInClimaX
 from climax_elevation.host.shards import GlobalForecastDataModule
 from climax_elevation.testbed.altitude import ElevationMap, region_elevation
@@ -135,6 +136,7 @@ def demo(
             installed, or `out` holds other data. Nothing is written then.
     """
     out = Path(out)
+    check_folder("the folder", out)
     _check_extra()
     if steps < VALIDATIONS or episodes < BATCH:
         raise InputError(f"the demo needs {VALIDATIONS} steps and {BATCH} episodes or more, not {steps} and {episodes}")

@@ -17,7 +17,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 
 from climax_elevation.bias import ElevationBias
-from climax_elevation.checks import count, positive, true_or_false
+from climax_elevation.checks import count, positive, share, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.host import StandInClimaX
 from climax_elevation.host.module import GlobalForecastModule
@@ -83,7 +83,7 @@ class ModelSettings:
             count(f"model.{name}", getattr(self, name))
         positive("model.mlp_ratio", self.mlp_ratio, "widths")
         for name in ("drop_path", "drop_rate"):
-            _share(f"model.{name}", getattr(self, name))
+            share(f"model.{name}", getattr(self, name))
         true_or_false("model.rescale_weights", self.rescale_weights)
 
 
@@ -341,8 +341,3 @@ def _now(module: LightningModule) -> float:
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)
     return time.perf_counter()
-
-
-def _share(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise InputError(f"{name} is a share from 0 to below 1, not {value!r}")

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from climax_elevation.data.format import PARTITIONS, RunningStatistics
 from climax_elevation.errors import InputError
-from climax_elevation.files import save_npy, save_npz
+from climax_elevation.files import check_folder, check_own, save_npy, save_npz
 from climax_elevation.terrain.sphere import EARTH_RADIUS_M
 from climax_elevation.testbed.altitude import ElevationMap
 
@@ -523,8 +523,8 @@ def _check_request(out: Path, episodes: Mapping[str, int], seed: int, settings: 
         raise InputError(f"a seed is 0 or more, not {seed}")
     if settings.steps < 2:
         raise InputError(f"an episode has at least 2 steps, not {settings.steps}")
-    if any((out / partition).exists() for partition in PARTITIONS) and not (out / RECIPE).exists():
-        raise InputError(f"{out} holds data that this simulator did not write: choose another folder")
+    check_own(out, (RECIPE,), "what this simulator wrote")
+    check_folder("the folder", out)
 
 
 def _start_afresh(out: Path, seed: int, settings: TracerSettings) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import pickle
+import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +15,38 @@ from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import ParallelStrategy
 
+from climax_elevation.checkpoints import check_weights, read_checkpoint, write_whole
+from climax_elevation.crew import EndTogether
 from climax_elevation.errors import InputError
+from climax_elevation.files import check_folder
+from climax_elevation.health import StopNotFinite, check_statistics
+from climax_elevation.training import TerrainCallback, check_datamodule
+from climax_elevation.upstream.resuming import GoOn, best_checkpoint
+from climax_elevation.upstream.settings import check_settings
 
+OWN, LIGHTNING = "climax_elevation", ("pytorch_lightning", "lightning_fabric")
+# what the parser says, and how it is said here
+NOISE = r"- Expected a path but \S+ either not accessible or invalid - |- Not a valid subclass of .*"
+UNION = (
+    r"^(.*?)Does not validate against any of the Union subtypes Subtypes: .*? Errors: (.*?)"
+    r"(?: Given value type: .*? Given value: (.*))?$"
+)
+KINDS = {
+    **{"int": "whole number", "float": "number", "bool": "true or false", "str": "text", "NoneType": "null"},
+    **{"list": "list", "collections.abc.Sequence": "list", "collections.abc.Iterable": "list", "dict": "mapping"},
+}
+PHRASES: dict[str, Any] = {
+    r'Parser key "([\w.]+)":': r"\1:",
+    r"Problem with given class_path '([\w.]+)':": r"\1:",
+    r"(, or )?Expected (an? )?(typing\.Literal)?": lambda found: f"{found[1] or 'expected '}",
+    r"\. Got value: ": ", got ",
+    "Option '(\\w+)' is not accepted": r"there is no option '\1'",
+}
 KEYWORDS = ("best", "last", "hpc")  # that Lightning takes for a checkpoint's path
 
 
@@ -50,12 +79,37 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(self._arguments)
+        check_settings(self.config.as_dict())
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # as the series "today" gives it to upstream's scripts
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
+        parser.add_argument("--allow_nan", type=bool, default=False, help="go on where a loss is not finite")
+
+    def before_instantiate_classes(self) -> None:
+        self._allow_nan = self.config.allow_nan
+        if not self._allow_nan:
+            del self.config["allow_nan"]  # upstream's own scripts, which do not know it, take what is saved
+        check_folder("trainer.default_root_dir", self.config.trainer.default_root_dir or ".")
+
+    def instantiate_classes(self) -> None:
+        pretrained = self.config.model.get("pretrained_path") or ""
+        try:
+            super().instantiate_classes()
+        except InputError:
+            raise
+        except Exception:  # whatever upstream's module raises for a file that is none
+            if pretrained and "://" not in pretrained:
+                read_checkpoint(pretrained, weights_only=False, what="model.pretrained_path")
+            raise
+        check_statistics(self.datamodule)
+        if not self._allow_nan:
+            check_weights(dict(self.model.named_parameters()), pretrained or "the model")
 
     def after_instantiate_classes(self) -> None:
+        write_whole(self.trainer.strategy)
+        ours = [EndTogether(), GoOn(), *([] if self._allow_nan else [StopNotFinite()])]
+        self.trainer.callbacks[:0] = ours  # type: ignore[attr-defined] # before those that save
         if self._resume is not None:
             self.config.ckpt_path = self._checkpoint("trainer.resume_from_checkpoint", self._resume)
         elif self.config.ckpt_path is not None:
@@ -63,16 +117,31 @@ class TrainingCLI(LightningCLI):
         if self.config.ckpt_path is not None:
             # a script without that series does not hand it on
             self.trainer.fit = functools.partial(self.trainer.fit, ckpt_path=self.config.ckpt_path)  # type: ignore[method-assign]
+        self._check_folders()
+        trainer: Any = self.trainer
+        if any(isinstance(callback, TerrainCallback) for callback in trainer.callbacks):
+            check_datamodule(self.model, self.datamodule)
         if self.config.trainer.fast_dev_run:
             # upstream's scripts test the best checkpoint, and this saves none
             self.trainer.test = _without_checkpoint(self.trainer.test)  # type: ignore[method-assign]
         self.trainer.test = _with_whole_names(self.trainer.test, self.trainer)  # type: ignore[method-assign]
 
+    def _check_folders(self) -> None:
+        """Before anything is written, that all can be."""
+        trainer: Any = self.trainer
+        for part in (*trainer.loggers, *trainer.callbacks):
+            for name in ("save_dir", "dirpath"):
+                folder = getattr(part, name, None)
+                if isinstance(folder, str | os.PathLike):
+                    check_folder(f"{name} of {type(part).__name__}", Path(folder))
+
     def _checkpoint(self, key: str, written: str) -> str:
         config = OmegaConf.create(self.parser.dump(self.config, skip_none=False))
         config.ckpt_path = written
         path = str(config.ckpt_path)
-        if "://" not in path and path not in KEYWORDS and not Path(path).exists():
+        if path == "best":
+            return best_checkpoint(self.trainer)
+        if "://" not in path and path not in KEYWORDS and not path.startswith("registry") and not Path(path).exists():
             raise InputError(f"{key} {path} does not exist")
         return path
 
@@ -81,6 +150,7 @@ class PretrainingCLI(TrainingCLI):
     """TrainingCLI for upstream's pretraining, which takes one source of data a node and runs distributed only."""
 
     def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
         # upstream's readers ask the environment for the number of nodes
         os.environ.setdefault("NODES", str(self.config.trainer.num_nodes))
 
@@ -92,17 +162,27 @@ class PretrainingCLI(TrainingCLI):
 
 @contextmanager
 def configuration_errors() -> Iterator[None]:
-    """Turn what a wrong configuration raises while it is read and its classes are built into InputError."""
+    """Turn what a wrong configuration raises while it is read and its classes are built into InputError.
+
+    What this package itself raises otherwise is a fault of its own, and stays.
+    """
     try:
         yield
-    except argparse.ArgumentError as error:
-        raise InputError(f"configuration: {_line(error)}") from error
+    except (InputError, MisconfigurationException):
+        raise
     except ModuleNotFoundError as error:
         raise InputError(f"configuration: {_line(error)}; install what it names, or leave it out") from error
-    except FileNotFoundError as error:
-        raise InputError(f"{error.filename or _line(error)} does not exist") from error
     except NotImplementedError as error:
         raise InputError(f"ClimaX: {_line(error)}") from error
+    except OmegaConfBaseException as error:
+        hint = "; set it, or write ${oc.env:NAME,instead}" if "Environment variable" in str(error) else ""
+        raise InputError(f"configuration: {error.full_key}: {_line(str(error).splitlines()[0])}{hint}") from error
+    except OSError as error:
+        raise InputError(_of_system(error)) from error
+    except Exception as error:  # of parsers, and of whatever classes a configuration names
+        if _raised_in(error) == OWN and not isinstance(error, argparse.ArgumentError):
+            raise
+        raise InputError(f"configuration: {_line(error)}") from error
 
 
 @contextmanager
@@ -110,20 +190,42 @@ def training_errors() -> Iterator[None]:
     """Make sentences of what Lightning and upstream raise, later on, for a configuration that they do not take."""
     try:
         yield
+    except InputError:
+        raise
     except MisconfigurationException as error:
         # ClimaX's YAML files ask for a GPU
         hint = "; choose another with --trainer.accelerator" if "backend found" in str(error) else ""
         raise InputError(f"Lightning: {_line(error)}{hint}") from error
-    except ValueError as error:
-        if 'ckpt_path="best"' not in str(error):
+    except OSError as error:
+        raise InputError(_of_system(error)) from error
+    except pickle.UnpicklingError as error:
+        raise InputError(f"the checkpoint is none of Lightning's: {_line(error)}") from error
+    except RuntimeError as error:
+        if "loading state_dict" in str(error):
+            raise InputError(
+                f"the checkpoint is of another model, perhaps with other terrain settings: {_line(error)}"
+            ) from error
+        if _raised_in(error) not in LIGHTNING:
             raise
         raise InputError(f"Lightning: {_line(error)}") from error
-    except RuntimeError as error:
-        if "loading state_dict" not in str(error):
+    except (ValueError, TypeError) as error:
+        if _raised_in(error) not in LIGHTNING:
             raise
-        raise InputError(
-            f"the checkpoint is of another model, perhaps with other terrain settings: {_line(error)}"
-        ) from error
+        raise InputError(f"Lightning: {_line(error)}") from error
+
+
+def _raised_in(error: BaseException) -> str:
+    """The package whose code raised an error."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].partition(".")[0]
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refused."""
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename or _line(error)} does not exist"
+    reason = error.strerror or _line(error)
+    return f"{error.filename}: {reason}; name another" if error.filename else _line(error)
 
 
 def _without_checkpoint(test: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,5 +257,19 @@ def scores_table(results: Sequence[Mapping[str, float]]) -> str:
     return "\n".join(f"{name:{width}} {' '.join(row)}" for name, row in zip(names, cells, strict=True))
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+def _line(error: object) -> str:
+    """One line of an error's text; of the long ones of the parser, what was expected of which key, and what came."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = re.sub(NOISE, "", text)
+    union = re.search(UNION, text)
+    if union:
+        key, reasons, given = union.groups()
+        first, *others = dict.fromkeys(reason.strip() for reason in re.split(r"(?:^| )- ", reasons) if reason.strip())
+        if first.startswith("Expected"):
+            first = ", or ".join([first, *(other for other in others if other.startswith("Expected"))])
+            first += "" if given is None else f". Got value: {given}"
+        text = f"{key}{first}"
+    text = re.sub(r"<class '([\w.]+)'>", lambda found: KINDS.get(found[1], found[1]), text)
+    for written, instead in PHRASES.items():
+        text = re.sub(written, instead, text)
+    return text

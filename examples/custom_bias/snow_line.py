@@ -12,7 +12,7 @@ class SnowLineBias(ElevationBias):
     def __init__(self, *, snow_line_m: float = 2500.0, gamma_init: float = 0.5) -> None:
         super().__init__()
         self.snow_line_m = snow_line_m
-        self.gamma = nn.Parameter(torch.tensor(gamma_init))
+        self.gamma = nn.Parameter(torch.tensor([gamma_init]))
 
     def inputs(self, terrain):
         return (terrain.elevation_m,)

@@ -358,7 +358,8 @@ def _physics_backward(
         dalpha, dbeta = attention.backward_queries(known, dq, physics, of_side(0))
         attention.backward_keys(known, (dk, dv), attention.everything, physics, of_side(1), None, None, resume=False)
     features = [both.sum(dim=(0, 2)) for both in (of_height, of_excess) if both is not None]
-    return [dq, dk, dv, dalpha, *([] if dbeta is None else [dbeta]), *features]
+    of_beta = [] if dbeta is None or beta is None else [dbeta.view_as(beta)]
+    return [dq, dk, dv, dalpha.view_as(alpha), *of_beta, *features]
 
 
 @torch.library.custom_op(
