@@ -17,9 +17,11 @@ from climax_elevation.data.prepare import prepare
 from climax_elevation.diagnostics import open_run
 from climax_elevation.forecast import forecast
 from climax_elevation.forecast.loaded import LoadedRun
+from climax_elevation.forecast.output import described
 from climax_elevation.forecast.states import open_states
 from climax_elevation.host import StandInClimaX
 from climax_elevation.host.metrics import latitude_weights
+from climax_elevation.host.module import GlobalForecastModule
 from climax_elevation.pretrained import describe
 from climax_elevation.train import train
 
@@ -353,6 +355,9 @@ def test_ground_comes_from_the_runs_data_where_the_source_has_none(folder, run, 
         made = written(forecast(run, source, tmp_path / "out.nc").path)
     assert "orography, land_sea_mask: not in the source, taken from the run's data" in caplog.text
     np.testing.assert_allclose(made["2m_temperature"], reference(folder, run, tmp_path), rtol=1e-6)
+    without = replace(load_run(run), variables=("2m_temperature",), data=tmp_path)
+    with open_states(without, str(source)) as opened:  # as with bias_args.elevation_file
+        assert opened.read("2m_temperature", [0]).shape == (1, 8, 12)
     lower = states().assign(orography=states().orography - 20)
     with caplog.at_level("INFO", "climax_elevation"):
         forecast(run, source, tmp_path / "lower.nc", constants=prepare_data.write(lower, tmp_path / "ground.nc"))
@@ -364,6 +369,34 @@ def test_zarr(folder, run, tmp_path):
     states().to_zarr(tmp_path / "states.zarr")
     made = written(forecast(run, tmp_path / "states.zarr", tmp_path / "out.nc").path)
     np.testing.assert_array_equal(made["2m_temperature"], reference(folder, run, tmp_path))
+
+
+def test_other_levels_and_variables_that_climax_does_not_know(run, tmp_path):
+    source = states()
+    levels = source.t2m.expand_dims(level=[300, 850, 1000], axis=1) - np.arange(3)[:, None, None]
+    source = source.assign(t=levels.assign_attrs(units="K"), dew=source.t2m.assign_attrs(units="degF"))
+    source.level.attrs["units"] = "hPa"
+    path = prepare_data.write(source, tmp_path / "levels.nc")
+    names = ("temperature_850", "temperature_300", "dew", "2m_temperature")
+    wanted = replace(load_run(run), variables=names)
+    with open_states(wanted, str(path)) as opened:
+        for name, lower in zip(names, (1, 0, 0, 0), strict=True):
+            np.testing.assert_allclose(opened.read(name, [3]), values_of("2m_temperature", [3]) - lower, rtol=1e-6)
+        assert described("temperature_850", opened)["long_name"] == "temperature at 850 hPa"
+        assert described("dew", opened) == {"long_name": "dew", "units": "degF"}
+    with (
+        pytest.raises(
+            InputError, match="no level 200 hPa, only 300, 850, 1000: give a source that has the run's input"
+        ),
+        open_states(replace(wanted, variables=("2m_temperature", "temperature_200", "temperature_300")), str(path)),
+    ):
+        pass
+    del source["t2m"].attrs["units"]
+    path = prepare_data.write(source, tmp_path / "no_unit.nc")
+    with pytest.raises(InputError, match="2m_temperature .* must come in one of"), open_states(wanted, str(path)):
+        pass
+    with open_states(wanted, str(path), units={"t2m": "K"}) as opened:
+        np.testing.assert_allclose(opened.read("2m_temperature", [0]), values_of("2m_temperature", [0]))
 
 
 def test_a_single_state_in_grib(run, tmp_path):
@@ -440,6 +473,11 @@ def test_months_go_by_the_calendar(run, tmp_path, calendar):
         (lambda d: d.drop_vars("u10"), "the source has no '10m_u_component_of_wind'"),
         (lambda d: d.assign(t2m=d.t2m.where(d.t2m.longitude > -94)), "at 2000-01-10T18:00:00 has 16 missing values"),
         (lambda d: d.assign(t2m=(d.t2m.dims, d.t2m.data - 273.15, {"units": "K"})), "outside 100 to 400 in ClimaX's"),
+        (
+            lambda d: d[["v10"]].rename(v10="gust"),
+            "ClimaX knows: give a source that has the run's input, 2m_temperature",
+        ),
+        (lambda d: d[["orography"]], "has nothing that changes in time, only orography"),
         (lambda d: d.isel(time=[0, 0]), "the time 2000-01-01T00:00:00 comes twice"),
         (lambda d: d.assign_coords(time=np.arange(STEPS)), "the time coordinate holds int64 and not dates"),
     ],
@@ -507,6 +545,21 @@ def test_a_file_that_cannot_be_written_is_one_sentence(folder, run, tmp_path):
         forecast(run, folder / "states.nc", tmp_path / "file" / "out.nc")
 
 
+def test_in_the_middle_of_a_training(folder, tmp_path, no_climax, monkeypatch):
+    """From its folder as it is after an epoch and a half: a checkpoint, and the end still to come."""
+    seen = []
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.current_epoch == 1 and batch_idx == 2:
+            seen.append(forecast(tmp_path / "run", folder / "states.nc", tmp_path / "out.nc"))
+
+    monkeypatch.setattr(GlobalForecastModule, "on_train_batch_start", on_train_batch_start)
+    trained(folder, tmp_path / "run", "stand-in", None, "--trainer.max_epochs=2")
+    assert len(seen) == 1
+    assert "epoch=0" in seen[0].run.checkpoint.name
+    assert np.isfinite(written(tmp_path / "out.nc")["2m_temperature"]).all()
+
+
 def test_a_run_that_goes_on(folder, run, tmp_path, monkeypatch):
     """Half of a checkpoint, and one that was replaced by a better one since it was found."""
     (whole,) = (path for path in run.rglob("*.ckpt") if path.name != "last.ckpt")
@@ -545,3 +598,6 @@ def test_the_pair_of_pictures(folder, run, tmp_path):
     np.testing.assert_allclose(meshes[0], values[0], rtol=1e-6)
     np.testing.assert_allclose(meshes[1], values[0] - values[1], atol=1e-4)
     assert np.abs(meshes[1]).max() > 0.1
+    off = forecast(run, folder / "states.nc", tmp_path / "off.nc", show="10m_u_component_of_wind", bias_scale=0.0)
+    assert off.shown.without is None
+    assert len([axes for axes in picture(off).axes if axes.get_title()]) == 1

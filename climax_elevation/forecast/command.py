@@ -30,7 +30,7 @@ class Shown:
         variable: ClimaX's name.
         lat, lon: Degrees, of rows and columns or of each pixel.
         values: In the variable's unit, `[h, w]`.
-        without: The same without the bias; None: the run has none.
+        without: The same without the bias; None: there is none already.
         ground: Elevation, metres, `[h, w]`; None: unknown.
         when: From when, and for when, in words.
     """
@@ -123,7 +123,7 @@ def forecast(
         attributes = _attributes(loaded, str(source), bias_scale, others if asked else None)
         with loaded.scaled(bias_scale), writing(out, states, starts, steps, attributes) as output:
             last = _write(states, starts, steps, others, output)
-        shown = None if variable is None else _shown(states, starts[-1], steps, others, variable, last)
+        shown = None if variable is None else _shown(states, starts[-1], steps, others, variable, last, bias_scale)
     hours = tuple(loaded.lead_hours * step for step in range(1, steps + 1))
     return Forecast(out, loaded, tuple(stamps), hours, shown)
 
@@ -142,11 +142,13 @@ def _write(states: States, starts: Sequence[int], steps: int, others: str | None
     return values[-1]
 
 
-def _shown(states: States, start: int, steps: int, others: str | None, variable: str, last: Array) -> Shown:
+def _shown(
+    states: States, start: int, steps: int, others: str | None, variable: str, last: Array, bias_scale: float
+) -> Shown:
     run, (rows, columns) = states.run, states.run.pixels
     index = run.out_variables.index(variable)
     without = None
-    if run.terrain is not None:
+    if run.terrain is not None and bias_scale != 0:
         with run.scaled(0.0):
             *_, plain = roll_out(states, [start], steps, others)
         without = run.physical(plain, run.out_variables)[0, index]

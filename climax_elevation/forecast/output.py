@@ -7,7 +7,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import cftime
 import netCDF4
 import numpy as np
 
@@ -181,4 +180,4 @@ def known(name: str) -> tuple[Variable | None, int | None]:
 def _seconds(times: Array, calendar: str) -> Array:
     if np.issubdtype(times.dtype, np.datetime64):
         return times.astype("datetime64[s]").astype(np.int64)
-    return np.asarray(cftime.date2num(times, EPOCH, calendar=calendar), dtype=np.int64)
+    return np.asarray(netCDF4.date2num(times, EPOCH, calendar=calendar), dtype=np.int64)

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from climax_elevation.data.fields import Field, find_fields
 from climax_elevation.data.grid import Grid, read_grid
 from climax_elevation.data.names import CLIMAX_LEVELS_HPA, LAND_SEA_MASK, LATITUDE_NAMES, OROGRAPHY, find_variable
-from climax_elevation.data.source import SCALAR_TIME, open_source
+from climax_elevation.data.optional import require
+from climax_elevation.data.source import open_source
 from climax_elevation.errors import InputError
 from climax_elevation.files import load_npz
 from climax_elevation.forecast.loaded import Array, LoadedRun
@@ -155,22 +156,30 @@ def open_states(
             further, _ = _on_grid(further, run, f"the file of constants {constants}", regrid)
         own = _own_ground(run, [dataset] if further is None else [dataset, further])
         wanted = [name for name in run.variables if name not in own]
-        found = find_fields(
-            dataset,
-            further,
-            grid,
-            variables=wanted,
-            levels=_levels(wanted, dataset),
-            units=units or {},
-            orography=OROGRAPHY.name in wanted,
-        )
+        constant = further if OROGRAPHY.name in wanted else _with_level_ground(dataset, further, grid)
+        levels = _levels(wanted, dataset)
+        with _advice_of_forecasts(wanted):
+            found = find_fields(dataset, constant, grid, variables=wanted, levels=levels, units=units or {})
         missing = [name for name in wanted if name not in found.names]
         if missing:
             raise InputError(f"the run's input has {', '.join(missing)}, and {source} has not: give a source that has")
-        _check_ground(run, found.constant)
+        if OROGRAPHY.name in wanted:
+            _check_ground(run, found.constant[OROGRAPHY.name])
         months = _months(stamps if len(stamps) > 1 else _stamps_of(record), run.lead_hours)
         fields = {field.name: field for field in found.changing}
         yield States(run, fields, {**found.constant, **own}, grid, times, stamps, months)
+
+
+@contextmanager
+def _advice_of_forecasts(variables: Sequence[str]) -> Iterator[None]:
+    """What `find_fields` says to do, where that is an option of `prepare` that a forecast has not."""
+    try:
+        yield
+    except InputError as error:
+        what, _, advice = str(error).rpartition(": ")
+        if not any(f"option {name}" in advice for name in ("variables", "levels")):
+            raise
+        raise InputError(f"{what}: give a source that has the run's input, {', '.join(variables)}") from error
 
 
 def advanced(time: Any, hours: float, months: int = 0) -> Any:
@@ -216,20 +225,44 @@ def _timed(dataset: xr.Dataset, source: str, time: str | None) -> xr.Dataset:
     """A source of one state has a time axis too."""
     if "time" in dataset.dims:
         return dataset
-    if SCALAR_TIME in dataset.attrs:
-        moment = np.atleast_1d(dataset.attrs[SCALAR_TIME])
+    changing = {name: array for name, array in dataset.data_vars.items() if not _is_static(str(name), array)}
+    if not changing:
+        raise InputError(f"{source} has nothing that changes in time, only {', '.join(map(str, dataset.data_vars))}")
+    stated = _stated_time(source)
+    if stated is not None:
+        moment = np.atleast_1d(stated)
     elif time is not None and DATE.fullmatch(time):
         moment = np.array([np.datetime64(_date(time), "ns")])
     else:
         raise InputError(
             f"{source} states no time: say which one it is of with --start, an ISO date such as 2020-01-01T06"
         )
-    changing = {
-        name: array.expand_dims(time=moment)
-        for name, array in dataset.data_vars.items()
-        if not _is_static(str(name), array)
-    }
+    changing = {name: array.expand_dims(time=moment) for name, array in changing.items()}
     return dataset.assign_coords(time=moment).assign(changing)
+
+
+def _stated_time(source: str) -> NDArray[Any] | None:
+    """The one time of a source without a time axis, for which its values are; None: it states none, or several."""
+    moments: dict[str, NDArray[Any]] = {}
+    with ExitStack() as stack:
+        for part in _parts(source):
+            stack.callback(part.close)
+            here = [part[name] for name in ("valid_time", "time") if name in part.coords and not part[name].dims]
+            moments |= {str(moment.to_numpy()): moment.to_numpy() for moment in here[:1]}
+    return next(iter(moments.values())) if len(moments) == 1 else None
+
+
+def _parts(source: str) -> list[xr.Dataset]:
+    """A source as its own library sees it: `open_source` gives data sets of one state no time."""
+    try:
+        if not Path(source).is_file():
+            return [xr.open_zarr(source, chunks=None)]
+        with open(source, "rb") as file:
+            if file.read(4) != b"GRIB":
+                return [xr.open_dataset(source)]
+        return list(require("cfgrib", "grib", "reading GRIB").open_datasets(source, backend_kwargs={"indexpath": ""}))
+    except (OSError, ValueError, KeyError, ImportError, EOFError):
+        return []  # of a kind that only `open_source` knows
 
 
 def _is_static(name: str, array: xr.DataArray) -> bool:
@@ -392,14 +425,19 @@ def _own_constants(run: LoadedRun, names: Sequence[str]) -> dict[str, Array]:
     return {name: values[0, 0] for name, values in arrays.items() if values.shape[-2:] == run.shape}
 
 
-def _check_ground(run: LoadedRun, constant: Mapping[str, Array]) -> None:
+def _with_level_ground(dataset: xr.Dataset, further: xr.Dataset | None, grid: Grid) -> xr.Dataset | None:
+    """The file of constants, with an orography that no one reads: `find_fields` insists on one."""
+    there = [place for place in (dataset, further) if place is not None]
+    if any(_has(place, OROGRAPHY.name) for place in there):
+        return further
+    zeros = np.zeros([dataset.sizes[dim] for dim in grid.dims], dtype=np.float32)
+    return (xr.Dataset() if further is None else further).assign({OROGRAPHY.name: (grid.dims, zeros, {"units": "m"})})
+
+
+def _check_ground(run: LoadedRun, orography_m: Array) -> None:
     """Say so where the run was trained over another ground."""
-    if OROGRAPHY.name not in constant:
-        return
     own = _own_constants(run, [OROGRAPHY.name]).get(OROGRAPHY.name)
-    if own is None:
-        return
-    apart = float(np.abs(own - constant[OROGRAPHY.name]).max())
+    apart = 0.0 if own is None else float(np.abs(own - orography_m).max())
     if apart > GROUND_MAY_DIFFER_M:
         logger.warning(
             "the source's orography is up to %.0f m off that of the run's training, and is taken as it is", apart
