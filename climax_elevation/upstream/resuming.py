@@ -26,7 +26,7 @@ class GoOn(Callback):
         if fit is None or not trainer.training:
             return
         _validate_first(fit, trainer)
-        if not fit.get("state_dict", {}).get("combined_loader"):
+        if trainer.is_global_zero and not fit.get("state_dict", {}).get("combined_loader"):
             _say_what_is_not_resumed(fit)
 
 
