@@ -35,7 +35,7 @@ class EndTogether(Callback):
     """
 
     def __init__(self) -> None:
-        self._ending = threading.Event()
+        self._ending: threading.Event | None = None  # a run that is spawned takes this along, and no lock
         self._watch: threading.Thread | None = None
         self._store: Store | None = None
         self._stages = 0
@@ -43,13 +43,15 @@ class EndTogether(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size < 2 or not dist.is_initialized() or self._watch is not None:
             return
-        self._store = dist.distributed_c10d._get_default_store()
+        self._store, self._ending = dist.distributed_c10d._get_default_store(), threading.Event()
         arguments = (self._store, trainer, self._ending)
         self._watch = threading.Thread(target=_end_with_others, args=arguments, daemon=True, name="end-together")
         self._watch.start()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._store is None or not isinstance(exception, Exception):  # Ctrl-C and SIGTERM reach all of them
+        if not isinstance(exception, Exception):  # Ctrl-C and SIGTERM reach all of them
+            return
+        if self._store is None or self._ending is None:
             return
         store = self._store
         self._ending.set()
@@ -64,13 +66,13 @@ class EndTogether(Callback):
         _wait_for_parent(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._store is None or self._watch is None:
+        if self._store is None or self._watch is None or self._ending is None:
             return
         store, self._stages = self._store, self._stages + 1
         everyone = self._stages * trainer.world_size
         self._ending.set()
         self._watch.join()
-        self._ending, self._watch = threading.Event(), None
+        self._watch = None
         if store.add(DONE, 1) < everyone and trainer.global_rank == 0:
             _wait(lambda: store.add(DONE, 0) >= everyone)  # it holds the store, and others may be looking there
 
