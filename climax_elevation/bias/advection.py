@@ -74,6 +74,7 @@ class AdvectionBias(ElevationBias):
 
     def prepare(self, terrain: Terrain, cache_dir: Path | None = None) -> None:
         """Take the angle between patches, unless a checkpoint brought that of its own grid."""
+        terrain.require_grid("the advection bias")
         terrain.require(self.needs | _place(terrain), "the advection bias")
         if bool(self.patch_rad.isnan()):
             self.patch_rad.fill_(_patch_angle(terrain))
@@ -81,6 +82,7 @@ class AdvectionBias(ElevationBias):
 
     def inputs(self, terrain: Terrain) -> Tensors:
         """X and the travel w t / R of each patch, in Earth radii: `[1, L, 3]` and `[B, L, 3]`; 2 on a plane."""
+        terrain.require_grid("the advection bias")
         terrain.require(self.needs | _place(terrain), "the advection bias")
         if not self._knows_its_grid and readable(self.patch_rad):
             self.prepare(terrain)
