@@ -48,7 +48,7 @@ def open_source(source: str) -> xr.Dataset:
     if path.is_file():
         if path.suffix.lower() in _GRIB_SUFFIXES or _starts_with(path, b"GRIB"):
             return _open_grib(path)
-        return _tidy(_open_netcdf(path))
+        return _tidy(open_netcdf(path))
     return _open_many(_files(source))
 
 
@@ -117,7 +117,8 @@ def _open_zarr(source: str) -> xr.Dataset:
         raise InputError(f"cannot open {source} as Zarr: {_sentence(error)}") from error
 
 
-def _open_netcdf(path: Path) -> xr.Dataset:
+def open_netcdf(path: Path) -> xr.Dataset:
+    """Open a netCDF file lazily, as it is; InputError if it is none. The caller closes it."""
     if not _starts_with(path, b"CDF", b"\x89HDF"):
         raise InputError(f"{path} is neither netCDF nor GRIB, nor a Zarr folder")
     try:
