@@ -9,16 +9,13 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 
+from climax_elevation.data.levels import NAMES as LEVELS
 from climax_elevation.data.levels import NOT_PRESSURE, is_pressure
 from climax_elevation.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 TIMES = ("time", "valid_time")
-LEVELS = (
-    *("level", "pressure_level", "isobaricinhpa", "isobaricinpa", "plev", "lev", "pressure", "isobaric", "levels"),
-    "pressure_levels",
-)
 LATITUDES = ("lat", "latitude", "xlat", "nav_lat")
 LONGITUDES = ("lon", "longitude", "xlong", "nav_lon")
 KNOWN = frozenset((*TIMES, *LEVELS, *LATITUDES, *LONGITUDES))

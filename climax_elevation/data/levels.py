@@ -12,6 +12,10 @@ NOT_PRESSURE = "other_level"
 
 _SURELY = ("pressure_level", "isobaricinhpa", "isobaricinpa", "plev", "pressure", "isobaric", "pressure_levels")
 _PERHAPS = ("level", "lev", "levels")
+NAMES = (*_SURELY, *_PERHAPS)
+"""Under which a pressure may be filed, in lower case."""
+
+_JUDGED = "climax_elevation_is_pressure"
 _OTHER_WORDS = ("model", "sigma", "hybrid", "layer", "height", "depth", "altitude", "theta", "eta", "soil")
 _NO_UNIT = ("", "1", "level", "levels", "none", "dimensionless")
 _HIGHEST_HPA = 1100.0
@@ -21,8 +25,18 @@ _USUAL_HPA = frozenset(
 ) | frozenset(range(100, 1100, 25))
 
 
+def judged(part: xr.Dataset) -> xr.Dataset:
+    """`part` with vertical coordinates that remember whether they are pressure: one value alone does not tell."""
+    for name, coordinate in part.coords.items():
+        if str(name).lower() in NAMES and coordinate.ndim < 2:
+            part = part.assign_coords({name: coordinate.assign_attrs({_JUDGED: int(is_pressure(coordinate))})})
+    return part
+
+
 def is_pressure(coordinate: xr.DataArray) -> bool:
     """Whether a vertical coordinate is pressure, by its unit, its names, and where those say nothing by its values."""
+    if _JUDGED in coordinate.attrs:
+        return bool(coordinate.attrs[_JUDGED])
     name = str(coordinate.name).lower()
     unit = _plain_unit(coordinate)
     if unit in PRESSURE:

@@ -19,7 +19,7 @@ from climax_elevation.data.coordinates import KNOWN, in_degrees, name_coordinate
 from climax_elevation.data.grib import MAGIC as GRIB
 from climax_elevation.data.grib import SUFFIXES as GRIB_SUFFIXES
 from climax_elevation.data.grib import open_grib
-from climax_elevation.data.levels import NOT_PRESSURE
+from climax_elevation.data.levels import NOT_PRESSURE, judged
 from climax_elevation.data.members import one_member
 from climax_elevation.data.names import find_variable, is_wanted
 from climax_elevation.data.optional import require
@@ -242,7 +242,7 @@ def _tidy(
         part = _narrow(part, keeps)
         if not part.data_vars:
             return None
-    chosen = selection(part)
+    chosen = selection(judged(part))
     if chosen is None:
         return None
     part = valid_times(_squeeze(one_member(chosen)))
