@@ -115,8 +115,8 @@ def terrain_given(model: nn.Module, terrain: Terrain) -> Iterator[None]:
         given.append(block.attn.bias.inputs(terrain))
     before = [(place.bias_inputs, place.tokens) for place in places]
     try:
-        for place, inputs in zip(places, given, strict=True):
-            place.bias_inputs, place.tokens = inputs, terrain.elevation_m.shape[1]
+        for place, own in zip(places, given, strict=True):
+            place.bias_inputs, place.tokens = own, terrain.elevation_m.shape[1]
         yield
     finally:
         for place, (inputs, tokens) in zip(places, before, strict=True):

@@ -1,6 +1,5 @@
 """Before anything starts: who reads how much, whether validation comes, and what is refused."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +10,6 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from climax_elevation import InputError
 from climax_elevation.data.shares import Share
 from climax_elevation.host.shards import GlobalForecastDataModule
-from climax_elevation.train import train
 from climax_elevation.upstream.schedule import check_shares, check_validation, count_shares, steps_an_epoch
 
 

@@ -256,6 +256,7 @@ def _number(path: Path, row: int, column: str, text: str) -> float:
 
 
 def _date(path: Path, row: int, text: str) -> np.datetime64:
+    stamp: np.datetime64
     try:
         stamp = np.datetime64(text.strip().removesuffix("Z"), "s")
     except ValueError:

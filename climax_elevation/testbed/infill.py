@@ -444,7 +444,9 @@ def _over(net: nn.Module, terrain: Terrain) -> Iterator[None]:
 def _groups(net: nn.Module, training: TrainingSettings) -> list[dict[str, Any]]:
     """Biases are never decayed, and learn at a rate of their own."""
     own = {id(p) for part in net.modules() if isinstance(part, ElevationBias) for p in part.parameters()}
-    host, plain, biases = [], [], []
+    host: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    biases: list[nn.Parameter] = []
     for parameter in net.parameters():
         (biases if id(parameter) in own else host if parameter.dim() > 1 else plain).append(parameter)
     groups = [
