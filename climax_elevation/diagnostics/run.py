@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -152,9 +151,13 @@ def _build(module_class: type, datamodule_class: type, config: dict[str, Any]) -
 def _load(module: LightningModule, checkpoint: Path) -> None:
     try:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except Exception as error:  # of other files torch reads what it can, and then raises anything
+        said = str(error).splitlines() or [type(error).__name__]
+        raise InputError(f"{checkpoint} is no checkpoint of tensors alone: {said[0]}") from error
+    try:
         module.load_state_dict(saved["state_dict"])
-    except (pickle.UnpicklingError, EOFError, KeyError) as error:
-        raise InputError(f"{checkpoint} is no checkpoint of tensors alone: {str(error).splitlines()[0]}") from error
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint} is no checkpoint of Lightning's: it has no state_dict") from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{checkpoint} does not fit the run's configuration: {reason}") from error

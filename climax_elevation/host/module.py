@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -219,11 +219,14 @@ def _read_weights(source: str) -> dict[str, Tensor]:
             checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
         else:
             checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except URLError as error:
+        raise InputError(f"model.pretrained_path {source} cannot be fetched ({error.reason})") from error
+    except Exception as error:  # of other files torch reads what it can, and then raises anything
+        said = str(error).splitlines() or [type(error).__name__]
         raise InputError(
-            f"{source} is no checkpoint of tensors alone ({str(error).splitlines()[0]}): save one that holds its "
+            f"{source} is no checkpoint of tensors alone ({said[0]}): save one that holds its "
             "state_dict and nothing else"
         ) from error
-    if "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise InputError(f"{source} is not a Lightning checkpoint: it has no state_dict")
     return checkpoint["state_dict"]
