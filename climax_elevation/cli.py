@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from climax_elevation.errors import InputError
-from climax_elevation.files import check_folder
 from climax_elevation.train import MODULES
 from climax_elevation.upstream.patching import CHOICES
 
@@ -258,6 +257,8 @@ def _plot(options: argparse.Namespace, _: list[str]) -> None:
         raise InputError(
             "pictures are drawn with matplotlib, which is not installed: pip install 'climax-elevation[plot]'"
         ) from error
+    from climax_elevation.files import check_folder
+
     out = options.out or Path(options.kind)
     if options.out is not None and out.is_dir():
         raise InputError(f"--out is a file's name without suffix, and {out} is a folder: write {out / options.kind}")
