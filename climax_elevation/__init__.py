@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from climax_elevation.bias.registry import available_biases, register_bias
     from climax_elevation.block import Attention3D, PhysicsGuidedBlockCorrected, keep_bias
     from climax_elevation.errors import InputError
+    from climax_elevation.forecast.loaded import load_run
     from climax_elevation.options import AttachOptions
     from climax_elevation.other_hosts import attach_blocks, terrain_given
     from climax_elevation.terrain.fields import Terrain, downsample_elevation
@@ -44,6 +45,7 @@ _PLACES = {
     "detach": "attachment",
     "downsample_elevation": "terrain.fields",
     "keep_bias": "block",
+    "load_run": "forecast.loaded",
     "register_bias": "bias.registry",
     "terrain_given": "other_hosts",
 }
@@ -68,6 +70,7 @@ __all__ = [
     "detach",
     "downsample_elevation",
     "keep_bias",
+    "load_run",
     "register_bias",
     "terrain_given",
 ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from climax_elevation.errors import InputError
@@ -88,13 +90,20 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="run ClimaX's own training script with terrain-aware attention",
-        usage="climax-elevation train MODULE [--climax PATH] -- UPSTREAM ARGUMENTS",
+        usage="climax-elevation train MODULE [--climax PATH] [--pretrained-variables NAME ...] -- UPSTREAM ARGUMENTS",
         description="Runs ClimaX's training script in a patched temporary copy; where there is no ClimaX, "
         "global_forecast runs on the stand-in host. What follows '--' goes to the script: --config FILE, and "
         "overrides such as --model.net.init_args.use_physics_mask=true.",
     )
     train.add_argument("module", choices=MODULES, metavar="MODULE", help=", ".join(MODULES))
     train.add_argument("--climax", type=_path, metavar="PATH", help="a checkout of microsoft/ClimaX, or its folder")
+    train.add_argument(
+        "--pretrained-variables",
+        nargs="+",
+        metavar="NAME",
+        help="of the checkpoint of --model.pretrained_path, in its order (default: as it or its config.yaml says, or "
+        "ClimaX's 48)",
+    )
     train.set_defaults(run=_train)
 
     patch = commands.add_parser("patch", help="apply, check or revert the patches of a ClimaX checkout")
@@ -122,6 +131,41 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--constants", metavar="FILE", help="a further file with orography and land-sea mask")
     prepare.add_argument("--regrid", metavar="DEGREES", help="to ClimaX's grid of 5.625, 2.8125 or 1.40625 degrees")
     prepare.set_defaults(run=_prepare)
+
+    forecast = commands.add_parser(
+        "forecast",
+        help="from a trained run and a file of states to a netCDF file of forecasts",
+        description="Forecasts from states in SOURCE with a finished or running training, of either host. Statistics, "
+        "variables, grid and lead time are the run's.",
+    )
+    forecast.add_argument("folder", type=_path, metavar="RUN", help="folder of a run of train or compare")
+    forecast.add_argument("source", metavar="SOURCE", help="netCDF, GRIB or Zarr, as prepare takes it")
+    forecast.add_argument("out", type=_path, metavar="OUT.nc", help="file to write")
+    forecast.add_argument(
+        "--start",
+        nargs="+",
+        default=["last"],
+        metavar="DATE",
+        help="forecast from all times in this year or date, or from one to another; last, or all, of the source "
+        "(default: last)",
+    )
+    forecast.add_argument("--steps", type=int, default=1, metavar="N", help="forecasts fed back (default: 1)")
+    forecast.add_argument(
+        "--others",
+        choices=["keep", "source"],
+        help="inputs of further steps that are not forecast: as at the start, or read from SOURCE at each time",
+    )
+    forecast.add_argument(
+        "--bias-scale", type=float, default=1.0, metavar="X", help="the bias times this; 0: without it (default: 1)"
+    )
+    forecast.add_argument(
+        "--picture", type=_path, metavar="PATH", help="draw the last forecast and what the bias changed, as PNG and PDF"
+    )
+    forecast.add_argument("--variable", metavar="NAME", help="of the picture (default: the first that is forecast)")
+    forecast.add_argument("--constants", metavar="FILE", help="a further file with orography and land-sea mask")
+    forecast.add_argument("--units", nargs="+", metavar="NAME=UNIT", help="units that the source lacks or has wrong")
+    _add_opening_options(forecast, "folder of statistics and coordinates")
+    forecast.set_defaults(run=_forecast)
 
     compare = commands.add_parser(
         "compare",
@@ -194,8 +238,12 @@ def _add_kinds(kinds: Any) -> None:
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", metavar="PART", help="of the data: val or test (default: val)")
+    _add_opening_options(parser, "folder of shards")
+
+
+def _add_opening_options(parser: argparse.ArgumentParser, data: str) -> None:
     parser.add_argument("--checkpoint", type=_path, metavar="FILE", help="which (default: the only one, or last.ckpt)")
-    parser.add_argument("--data", type=_path, metavar="ROOT", help="folder of shards (default: the run's)")
+    parser.add_argument("--data", type=_path, metavar="ROOT", help=f"{data} (default: the run's)")
     parser.add_argument("--climax", type=_path, metavar="PATH", help="a checkout of ClimaX, for a run of ClimaX itself")
 
 
@@ -208,7 +256,7 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
 def _train(options: argparse.Namespace, arguments: list[str]) -> None:
     from climax_elevation.train import train
 
-    train(options.module, options.climax, arguments)
+    train(options.module, options.climax, arguments, pretrained_variables=options.pretrained_variables)
 
 
 def _patch(options: argparse.Namespace, _: list[str]) -> int:
@@ -232,6 +280,7 @@ def _prepare(options: argparse.Namespace, _: list[str]) -> None:
         f"{prepared.out}: {height} x {width} pixels, {', '.join(prepared.variables)}; "
         + ", ".join(f"{part} {steps} steps" for part, steps in prepared.steps.items())
     )
+    print("\n".join(["to train a small model, without the terrain bias and with it:", *prepared.commands]))
 
 
 def _compare(options: argparse.Namespace, _: list[str]) -> None:
@@ -240,6 +289,35 @@ def _compare(options: argparse.Namespace, _: list[str]) -> None:
     done = compare(options.config, out=options.out, jobs=options.jobs, seeds=options.seeds, variants=options.variants)
     print(done.report)
     print(f"{done.out}: results.csv, differences.csv, report.md")
+
+
+def _forecast(options: argparse.Namespace, _: list[str]) -> None:
+    if options.variable is not None and options.picture is None:
+        raise InputError("--variable says what --picture draws: give both")
+    plots = _plots() if options.picture is not None else None
+    from climax_elevation.forecast import forecast
+
+    done = forecast(
+        options.folder,
+        options.source,
+        options.out,
+        checkpoint=options.checkpoint,
+        data=options.data,
+        climax=options.climax,
+        start=options.start,
+        steps=options.steps,
+        others=options.others,
+        bias_scale=options.bias_scale,
+        constants=options.constants,
+        units=_units(options.units or []),
+        show=None if plots is None else options.variable or "",
+    )
+    print(done.path)
+    if plots is not None:
+        from climax_elevation.forecast.picture import picture
+
+        for file in plots.save(picture(done), _without_suffix(options.picture)):
+            print(file)
 
 
 def _units(pairs: list[str]) -> dict[str, str]:
@@ -251,20 +329,28 @@ def _units(pairs: list[str]) -> dict[str, str]:
 
 
 def _plot(options: argparse.Namespace, _: list[str]) -> None:
-    try:
-        from climax_elevation.draw import plots
-    except ImportError as error:
-        raise InputError(
-            "pictures are drawn with matplotlib, which is not installed: pip install 'climax-elevation[plot]'"
-        ) from error
     from climax_elevation.files import check_folder
 
+    plots = _plots()
     out = options.out or Path(options.kind)
     if options.out is not None and out.is_dir():
         raise InputError(f"--out is a file's name without suffix, and {out} is a folder: write {out / options.kind}")
     check_folder("the folder of --out", out.parent)
-    for file in plots.save(_figure(options), out.with_suffix("") if out.suffix in (".png", ".pdf") else out):
+    for file in plots.save(_figure(options), _without_suffix(out)):
         print(file)
+
+
+def _plots() -> ModuleType:
+    try:
+        return importlib.import_module("climax_elevation.draw.plots")
+    except ImportError as error:
+        raise InputError(
+            "pictures are drawn with matplotlib, which is not installed: pip install 'climax-elevation[plot]'"
+        ) from error
+
+
+def _without_suffix(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in (".png", ".pdf") else path
 
 
 def _figure(options: argparse.Namespace) -> Figure:

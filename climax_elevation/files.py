@@ -37,6 +37,11 @@ def save_npy(path: Path, array: NDArray[np.floating]) -> None:
     _save(path, lambda file: np.save(file, array))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    _save(path, lambda file: file.write(text.encode()))
+
+
 def load_npz(path: Path, remedy: str, names: Iterable[str] | None = None) -> dict[str, NDArray[Any]]:
     """The arrays of a file.
 
@@ -134,7 +139,7 @@ def reading_table(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is no table, or damaged ({error}): name another, or have it written again") from error
 
 
-def _save(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     # Written beside its folder, not in it: ClimaX reads every file of train/, val/ and test/.
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent.parent / f".{path.parent.name}-{path.name}.partial"
@@ -165,6 +170,19 @@ def check_own(folder: Path, marks: Iterable[str], what: str) -> None:
     """Raise InputError unless a folder is new or empty, or has one of the files or folders that mark it as `what`."""
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / mark).exists() for mark in marks):
         raise InputError(f"{folder} holds other data, and not {what}: name another folder")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write what becomes `path` at the end of the block: whole, or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

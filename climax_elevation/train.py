@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ logger = logging.getLogger(__name__)
 MODULES = ("global_forecast", "regional_forecast", "climate_projection", "pretrain")
 
 
-def train(module: str, climax: Path | None, arguments: list[str]) -> None:
+def train(
+    module: str, climax: Path | None, arguments: list[str], *, pretrained_variables: Sequence[str] | None = None
+) -> None:
     """Train, and then test where upstream's script does, with terrain-aware ClimaX.
 
     Args:
@@ -25,6 +28,8 @@ def train(module: str, climax: Path | None, arguments: list[str]) -> None:
         climax: A copy of ClimaX, as `find_climax` takes it; None: the one of the environment, or the
             stand-in host where there is none.
         arguments: What the training script is called with: `--config FILE`, `--trainer.max_epochs=5`.
+        pretrained_variables: Of the checkpoint that model.pretrained_path names, in its order; None: it, or the
+            configuration beside it, says so, or it has ClimaX's 48.
 
     Raises:
         InputError: If ClimaX is another version, a configuration is wrong, or only the stand-in host
@@ -32,6 +37,7 @@ def train(module: str, climax: Path | None, arguments: list[str]) -> None:
     """
     if module not in MODULES:
         raise InputError(f"unknown module {module!r}; available: {', '.join(MODULES)}")
+    from climax_elevation.pretrained import stating
     from climax_elevation.upstream.config import modernize
     from climax_elevation.upstream.launch import train_upstream
     from climax_elevation.upstream.lightning import training_errors
@@ -43,7 +49,8 @@ def train(module: str, climax: Path | None, arguments: list[str]) -> None:
         if module != "global_forecast":
             raise InputError(f"{module} needs ClimaX, the stand-in host has global_forecast alone: {error}") from None
         source, why = None, str(error)
-    with tempfile.TemporaryDirectory(prefix="climax-elevation-") as folder, training_errors():
+    scratch = tempfile.TemporaryDirectory(prefix="climax-elevation-")
+    with scratch as folder, training_errors(), stating(pretrained_variables):
         if source is None:
             _say("host: stand-in, which is not ClimaX (%s)", why)
             _train_stand_in(modernize(arguments, Path(folder), stand_in=True))

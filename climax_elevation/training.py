@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from climax_elevation.bias import ElevationBias
 from climax_elevation.checks import positive
 from climax_elevation.errors import InputError
+from climax_elevation.pretrained import describe
 from climax_elevation.seam import TerrainSeam
 from climax_elevation.watch import settle
 
@@ -30,7 +31,8 @@ class TerrainCallback(Callback):
     (`transforms.mean`, `transforms.std` and `hparams.variables`, or the same by source when several are
     mixed) and the grid (`get_lat_lon()`). It moves the biases' parameters to the optimiser's group
     without weight decay, and says at the end how far each scalar moved. Where the flag is off it does
-    nothing.
+    nothing of this. Into every checkpoint it writes what the network is, so that its weights can be mapped
+    by name.
 
     Args:
         lr_factor: The biases' parameters learn at the run's learning rate times this, all along its schedule.
@@ -65,6 +67,9 @@ class TerrainCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # perhaps in the middle of a step, and a checkpoint may still be written
         self._let_go()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        describe(checkpoint, getattr(pl_module, "net", None))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         settle()  # what is still on its way of the last batches: a bad one is not the end of an epoch

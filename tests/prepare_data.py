@@ -90,4 +90,6 @@ def shard_files(out: Path, partition: str) -> list[Path]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    """All files but the configuration, which has the folder's own name."""
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != "config.yaml")
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}

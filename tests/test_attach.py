@@ -202,6 +202,17 @@ def test_half_precision_training_step_has_no_nan():
     assert all(p.grad.isfinite().all() for p in made.parameters())
 
 
+def test_what_is_read_is_said_again_when_its_source_changes(caplog):
+    made = terrain_aware()
+    x, lead_times = batch()
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            predict(made, x, lead_times)
+        made.load_state_dict(made.state_dict())
+        predict(made, x, lead_times)
+    assert sum("terrain: elevation" in record.message for record in caplog.records) == 2
+
+
 def test_the_first_forward_says_the_engine_that_it_uses(caplog):
     """Not that of the constructor's device and type."""
     made, x, lead_times = terrain_aware(), *batch()

@@ -226,6 +226,18 @@ def test_factors_give_the_same_attention_and_gradients(terrain_batch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "unused"), [(torch.float64, "pairwise"), (torch.float32, "pairwise"), (torch.bfloat16, "factors")]
+)
+def test_factors_are_used_where_they_are_exact_enough_and_nowhere_else(monkeypatch, dtype, unused):
+    def never(*_):
+        raise AssertionError(unused)
+
+    monkeypatch.setattr(Tilt, unused, never)
+    q, k, v = qkv(1, 1, 16, 4, dtype=dtype)
+    assert biased_attention(q, k, v, Tilt(), (torch.rand(1, 16) * 4000,), engine="sdpa").isfinite().all()
+
+
 def test_factors_are_not_used_in_half_precision():
     """There they would be wrong by more than the mask: 8 km in bfloat16 is known to 32 m."""
     q, k, v = qkv(1, 1, 16, 4, dtype=torch.bfloat16)

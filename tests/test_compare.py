@@ -28,6 +28,7 @@ from climax_elevation.compare.significance import holm
 from climax_elevation.compare.tables import verdict
 from climax_elevation.diagnostics import open_run
 from climax_elevation.errors import InputError
+from climax_elevation.forecast import load_run
 from climax_elevation.testbed.fit import ModelSettings, build_network, quiet
 from climax_elevation.upstream.locate import find_climax
 
@@ -200,6 +201,10 @@ def test_a_run_is_opened_as_a_run_of_train_is(done: Comparison, capsys: pytest.C
         assert found["val/w_rmse"] == pytest.approx(min(error for _, error in record["curve"]), rel=1e-4)
         alpha = dict(opened.module.named_parameters())["net.blocks.0.attn.bias.elevation_alpha"]
         assert alpha.item() == pytest.approx(record["scalars"]["blocks.0.elevation_alpha"][1], rel=1e-5)
+        x, y, *_ = next(iter(opened.datamodule.val_dataloader()))
+    forecast = load_run(folder)
+    assert forecast.step(x).shape == y.shape
+    assert f"elevation_alpha {alpha.item():.6g}" in forecast.bias
     assert main(["doctor", str(folder)]) == 0
     assert "elevation zeroed" in capsys.readouterr().out
 

@@ -6,6 +6,7 @@ import tiny_data
 import torch
 
 from climax_elevation import InputError, TerrainReader
+from climax_elevation.files import check_finite
 from climax_elevation.host.shards import GlobalForecastDataModule
 from climax_elevation.terrain.stats_dir import read_folder
 
@@ -69,6 +70,11 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, read, name, value):
     changed(path, lambda values: np.full_like(values, value))
     with pytest.raises(InputError, match="not finite|finite number|above 0, not"):
         read(tmp_path)
+
+
+def test_one_number_that_is_not_finite_is_enough(tmp_path):
+    with pytest.raises(InputError, match="a.npz has values of 'y' that are not finite: mend it"):
+        check_finite({"x": np.ones(2), "y": np.array([1.0, np.nan])}, tmp_path / "a.npz", "mend it")
 
 
 @pytest.mark.parametrize("read", [folder_read, data_module])

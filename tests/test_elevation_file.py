@@ -73,6 +73,11 @@ def test_dimensions_whose_names_say_nothing_are_taken_as_they_lie(tmp_path, dims
     np.testing.assert_array_equal(read_elevation_file(tmp_path / "z.nc").values, VALUES)
 
 
+def test_two_dimensions_whose_names_say_nothing_are_enough(tmp_path):
+    xarray.Dataset({"orography": (("dim_0", "dim_1"), VALUES, {"units": "m"})}).to_netcdf(tmp_path / "z.nc")
+    np.testing.assert_array_equal(read_elevation_file(tmp_path / "z.nc").values, VALUES)
+
+
 def test_points_that_are_no_grid_are_refused(tmp_path):
     points = {"lat": ("cell", LAT), "lon": ("cell", LON)}
     xarray.Dataset({"z": (("cell",), VALUES[0], {"units": "m"})}, points).to_netcdf(tmp_path / "z.nc")
@@ -125,6 +130,9 @@ def test_files_without_values_or_with_half_of_the_coordinates_are_refused(tmp_pa
     np.savez(tmp_path / "b.npz", orography=VALUES, lat=LAT)
     with pytest.raises(InputError, match="has latitudes and no longitudes: write both, or neither"):
         read_elevation_file(tmp_path / "b.npz")
+    np.savez(tmp_path / "c.npz", orography=VALUES, lat=np.linspace(-90, 90.5, len(LAT)), lon=LON)
+    with pytest.raises(InputError, match=r"its latitudes are within \[-90, 90\] degrees, not up to 90.5"):
+        read_elevation_file(tmp_path / "c.npz")
 
 
 def test_a_folder_such_as_zarrs_is_said_to_be_one_and_suffixes_may_be_in_capitals(tmp_path):

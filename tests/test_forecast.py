@@ -21,8 +21,9 @@ from reference.write_reference import fill
 
 from climax_elevation import InputError
 from climax_elevation.host import StandInClimaX, metrics
-from climax_elevation.host.module import GlobalForecastModule, load_pretrained, warmup_cosine
+from climax_elevation.host.module import GlobalForecastModule, warmup_cosine
 from climax_elevation.host.shards import GlobalForecastDataModule
+from climax_elevation.pretrained import load_pretrained, stating
 from climax_elevation.upstream import find_climax, overlay
 from climax_elevation.upstream.overlay import importable
 
@@ -270,7 +271,7 @@ def test_pretrained_weights_are_loaded_where_they_fit(tmp_path: Path, caplog: py
     weights = {key.replace("var_", "channel_"): value for key, value in saved.items()}
     weights |= {"net.head.4.bias": torch.zeros(3), "net.gone": torch.zeros(1)}
     torch.save({"state_dict": weights}, tmp_path / "old.ckpt")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO), stating(tiny_data.VARIABLES):
         module = _untrained(_terrain_net(root), pretrained_path=str(tmp_path / "old.ckpt"))
     loaded = module.state_dict()
     same = {key for key in saved if torch.equal(saved[key], loaded[key])}
@@ -289,7 +290,8 @@ def test_lightnings_own_checkpoints_are_pretrained_weights(tmp_path: Path) -> No
     trained = _untrained(_net())
     _trainer(tmp_path, 1).fit(trained, datamodule=_data(root))
     (last,) = tmp_path.glob("**/last.ckpt")
-    fresh = _untrained(_net(), pretrained_path=str(last))
+    with stating(tiny_data.VARIABLES):  # without TerrainCallback a checkpoint does not say
+        fresh = _untrained(_net(), pretrained_path=str(last))
     for name, value in trained.state_dict().items():
         assert torch.equal(value, fresh.state_dict()[name]), name
 
@@ -316,7 +318,8 @@ def test_pretrained_terrain_of_other_units_is_refused(tmp_path: Path) -> None:
     saved = _untrained(_terrain_net(root)).state_dict()
     saved["net.terrain.elevation_std"] = torch.tensor(1.0)
     torch.save({"state_dict": saved}, tmp_path / "other.ckpt")
-    with pytest.raises(InputError, match=r"terrain.elevation_std from stats_dir .* disagree"):
+    disagreeing = pytest.raises(InputError, match=r"terrain.elevation_std from stats_dir .* disagree")
+    with disagreeing, stating(tiny_data.VARIABLES):
         _untrained(_terrain_net(root), pretrained_path=str(tmp_path / "other.ckpt"))
 
 

@@ -12,7 +12,7 @@ from terrains import EVERY_BIAS, global_terrain, make
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from climax_elevation import InputError, keep_bias
+from climax_elevation import InputError, PhysicsBias, keep_bias
 from climax_elevation.attention.kept import KeptBias
 from climax_elevation.block import TerrainBlock
 
@@ -97,6 +97,24 @@ def test_a_change_is_noticed(counted, change):
     block.attn.kept = None
     assert torch.equal(block(x, inputs), found)
     assert change in ("type", "engine") or (found - before).abs().max() > 1e-3
+
+
+class OtherFormula(PhysicsBias):
+    """The same parameters and settings, and another bias."""
+
+    def pairwise(self, query, key):
+        return 2 * super().pairwise(query, key)
+
+
+@torch.no_grad()
+def test_another_formula_is_noticed():
+    block, x, inputs = block_over("physics without wind", (4, 8), "dense")
+    keep_bias(block)
+    block(x, inputs)
+    block.attn.bias.__class__ = OtherFormula
+    kept = block(x, inputs)
+    block.attn.kept = None
+    assert torch.equal(kept, block(x, inputs))
 
 
 @torch.no_grad()

@@ -21,7 +21,15 @@ from matplotlib.text import Text
 from climax_elevation import InputError
 from climax_elevation.cli import main
 from climax_elevation.diagnostics import Run, open_run, read_record
-from climax_elevation.diagnostics.view import Field, error_field, ground_field, transect, view_from
+from climax_elevation.diagnostics.view import (
+    Field,
+    error_field,
+    ground_field,
+    latitude_words,
+    longitude_words,
+    transect,
+    view_from,
+)
 from climax_elevation.draw import pictures, plots
 from climax_elevation.host.module import GlobalForecastModule
 from climax_elevation.host.shards import GlobalForecastDataModule
@@ -421,7 +429,7 @@ def test_a_forest_by_the_command(compared, capsys):
     [
         (["bias", "none"], "this StandInClimaX has no terrain bias"),
         (["bias", "nowhere"], "is not the folder of a run"),
-        (["bias", "physics", "--lat", "50", "--lon", "8"], "(50, 8) is outside the grid, whose patches have centres"),
+        (["bias", "physics", "--lat", "50", "--lon", "8"], "50° N, 8° E is outside the grid, whose patches have"),
         (["bias", "physics", "--lat", "5", "--lon", "-170"], "is outside the grid"),
         (["bias", "physics", "--lat", "5"], "give both --lat and --lon"),
         (["bias", "physics", *AT, "--block", "7"], "block 7 has no terrain bias; those that have: 0, 1"),
@@ -475,3 +483,21 @@ def test_runs_of_other_grids_are_not_compared(root, run):
     other.datamodule.get_lat_lon = lambda: (tiny_data.LAT + 1, tiny_data.LON)
     with pytest.raises(InputError, match="a and b forecast other grids"):
         pictures.errors(run, other, part="val", variable=None, names=("a", "b"))
+
+
+@pytest.mark.parametrize("lon", [np.linspace(290.0, 305.0, 16), np.linspace(-70.0, -55.0, 16)])
+def test_longitudes_are_east_or_west_however_the_data_count(lon):
+    field = Field(np.linspace(-20.0, 2.0, 8), lon, np.zeros((8, 16)))
+    figure, (axes,) = plots.maps([field])
+    plots.draw_map(axes, field, "", "", "cividis")
+    figure.canvas.draw()
+    ticks = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert "60° W" in ticks
+    assert set(tick[-1] for tick in ticks) == {"W"}
+    assert {"20° S", "0°"} <= {tick.get_text() for tick in axes.get_yticklabels()}
+
+
+def test_places_in_words():
+    words = {0: "0°", 360: "0°", 180: "180°", -180: "180°", 290.5: "69.5° W", -190: "170° E", 10: "10° E"}
+    assert {lon: longitude_words(lon) for lon in words} == words
+    assert [latitude_words(lat) for lat in (-20, 0, 7.25)] == ["20° S", "0°", "7.25° N"]

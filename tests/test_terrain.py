@@ -68,6 +68,16 @@ def test_a_standardised_channel_comes_back_in_metres_and_m_s():
     assert terrain.grid == (2, 3)
 
 
+def test_autocast_rounds_no_metre_away():
+    read, x = reader(), physical_batch()
+    read.set_statistics(MEAN, STD, "a test")
+    plain = read(standardised(x), None, VARIABLES)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = read(standardised(x), None, VARIABLES)
+    assert torch.equal(cast.elevation_m, plain.elevation_m)
+    assert torch.equal(cast.speed, plain.speed)
+
+
 def test_speed_is_the_mean_of_speeds_not_of_winds():
     x = physical_batch(1)
     x[:, 2], x[:, 3] = torch.tensor([3.0, -3.0]).repeat(3), 4.0  # eddies: mean u is 0
@@ -376,6 +386,9 @@ def test_files_that_do_not_serve(tmp_path):
     np.savez(tmp_path / "z.npz", orography=np.zeros((4, 6)), lat=LAT[:2], lon=LON)
     with pytest.raises(InputError, match="2 latitudes and 6 longitudes for a field of"):
         read_elevation_file(tmp_path / "z.npz")
+    xarray.Dataset({"height": (("y", "x"), np.zeros((4, 6)))}).to_netcdf(tmp_path / "height.nc")
+    with pytest.raises(InputError, match="holds height, and no 'orography' or 'z'"):
+        read_elevation_file(tmp_path / "height.nc")
     xarray.Dataset({"z": (("y", "x"), np.zeros((4, 6)))}).to_netcdf(tmp_path / "z.nc")
     with pytest.raises(InputError, match=r"must come in one of 'm', .* but it names no unit: write"):
         read_elevation_file(tmp_path / "z.nc")

@@ -117,6 +117,7 @@ def find_fields(
     variables: Sequence[str] | None,
     levels: Sequence[int] | None,
     units: Mapping[str, str],
+    orography: bool = True,
 ) -> Fields:
     """Choose what is written.
 
@@ -128,9 +129,10 @@ def find_fields(
             A name that ClimaX does not know is taken as it is, without a check of its unit.
         levels: Pressure levels in hPa, all of which must be there. None: those of ClimaX's that are.
         units: Units by the source's or ClimaX's name, where the source states none or a wrong one.
+        orography: Whether it has to be there.
 
     Returns:
-        The fields; orography and latitude are always among the constants.
+        The fields; latitude is always among the constants, and so is orography where it has to be there.
 
     Raises:
         InputError: If something wanted is missing or ambiguous, or a unit is unknown.
@@ -161,7 +163,7 @@ def find_fields(
         _check_dims(field, grid)
     if levels is not None and not any(name.endswith(f"_{level}") for name in chosen for level in levels):
         raise InputError(f"the source has nothing on pressure levels: leave out the option levels {list(levels)}")
-    unchanging = _constants(dataset, constants, grid, wanted, units)
+    unchanging = _constants(dataset, constants, grid, wanted, units, orography)
     wanted.check(dataset)
     _check_units_used(units, dataset, constants)
     return Fields(tuple(chosen.values()), unchanging)
@@ -300,20 +302,26 @@ def _check_dims(field: Field, grid: Grid) -> None:
 
 
 def _constants(
-    dataset: xr.Dataset, constants: xr.Dataset | None, grid: Grid, wanted: _Wanted, units: Mapping[str, str]
+    dataset: xr.Dataset,
+    constants: xr.Dataset | None,
+    grid: Grid,
+    wanted: _Wanted,
+    units: Mapping[str, str],
+    needs_orography: bool,
 ) -> dict[str, NDArray[np.float32]]:
     places = [dataset] if constants is None else [constants, dataset]
     found: dict[str, NDArray[np.float32]] = {}
     mask = _find_static(places, LAND_SEA_MASK)
     if mask is not None and wanted(mask.name, LAND_SEA_MASK.name):
         found[LAND_SEA_MASK.name] = _read_static(mask, LAND_SEA_MASK, grid, units)
-    orography = _find_static(places, OROGRAPHY)
-    if orography is None:
+    orography = _find_static(places, OROGRAPHY) if needs_orography else None
+    if needs_orography and orography is None:
         raise InputError(
             "the source has no orography: it needs one of orography, z or geopotential_at_surface without "
             "levels; add it, or name a file that has it with the option constants"
         )
-    found[OROGRAPHY.name] = _read_static(orography, OROGRAPHY, grid, units)
+    if orography is not None:
+        found[OROGRAPHY.name] = _read_static(orography, OROGRAPHY, grid, units)
     found["lattitude"] = grid.lat2d.astype(np.float32)
     return found
 

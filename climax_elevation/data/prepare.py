@@ -21,9 +21,11 @@ import xarray as xr
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from climax_elevation.data import configuration
 from climax_elevation.data.fields import BadDataError, Field, Fields, find_fields
 from climax_elevation.data.format import PARTITIONS, RunningStatistics
 from climax_elevation.data.grid import Grid, is_global, read_grid
+from climax_elevation.data.names import OROGRAPHY
 from climax_elevation.data.source import fingerprint, open_source
 from climax_elevation.data.times import Shard, TimeAxis, plan_shards, read_times, split
 from climax_elevation.errors import InputError
@@ -51,6 +53,7 @@ class Prepared:
         hours_per_step: Rounded, `hrs_each_step` in ClimaX's configuration; a mean, for months.
         shards_written: How many shards this call wrote; the others were there.
         changed: Whether this call wrote anything.
+        commands: Two lines that train on it, without the bias and with it.
     """
 
     out: Path
@@ -61,6 +64,7 @@ class Prepared:
     hours_per_step: float
     shards_written: int
     changed: bool
+    commands: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def prepare(
     Names are ClimaX's, units are K, m s-1, Pa, m2 s-2, %, kg kg-1, m, J m-2, orography is in metres
     (geopotential / 9.80665), latitude rises with the row and longitude with the column, and values are
     float32. Constants are repeated over the steps of each shard, as ClimaX's reader wants them, and
-    `lattitude` (ClimaX's spelling), in degrees, is always among them.
+    `lattitude` (ClimaX's spelling), in degrees, is always among them. `config.yaml` trains a small model on it.
 
     Args:
         source: A netCDF or GRIB file, a Zarr folder, a folder of netCDF files, a pattern such as
@@ -371,12 +375,31 @@ def _write_summary(plan: _Plan, statistics: RunningStatistics) -> None:
     if plan.grid.lon2d is not None:
         save_npy(plan.out / "lat2d.npy", plan.grid.lat2d)
         save_npy(plan.out / "lon2d.npy", plan.grid.lon2d)
+    configuration.write_configuration(_configured(plan))
+
+
+def _configured(plan: _Plan) -> configuration.Shards:
+    options, orography = plan.identity["options"], plan.fields.constant[OROGRAPHY.name]
+    training = [shard.stop - shard.start for shard in plan.shards if shard.file.startswith("train/")]
+    return configuration.Shards(
+        out=plan.out,
+        changing=[field.name for field in plan.fields.changing],
+        constant=list(plan.fields.constant),
+        shape=plan.grid.shape,
+        patch_size=options["patch_size"],
+        predict_range=options["predict_range"],
+        hours_per_step=plan.axis.hours_per_step,
+        pairs=sum(steps - options["predict_range"] for steps in training),
+        step_bytes=plan.step_bytes,
+        ground_m=(float(orography.min()), float(orography.max())),
+    )
 
 
 def _summary_files(grid: Grid) -> list[str]:
     two_dimensional = [] if grid.lon2d is None else ["lat2d.npy", "lon2d.npy"]
     climatologies = ["val/climatology.npz", "test/climatology.npz"]
-    return ["normalize_mean.npz", "normalize_std.npz", *climatologies, "lat.npy", "lon.npy", *two_dimensional]
+    arrays = ["normalize_mean.npz", "normalize_std.npz", *climatologies, "lat.npy", "lon.npy", *two_dimensional]
+    return [*arrays, configuration.FILE]
 
 
 def _record(plan: _Plan, state: str) -> None:
@@ -400,7 +423,7 @@ def _record(plan: _Plan, state: str) -> None:
 def _partials(out: Path) -> list[Path]:
     """What a killed run may have left: see `format`, files are written one folder up."""
     inside = [*(path for part in PARTITIONS for path in out.glob(f".{part}-*.partial")), out / f".{RECORD}.partial"]
-    names = ("lat.npy", "lon.npy", "lat2d.npy", "lon2d.npy", "normalize_mean.npz", "normalize_std.npz")
+    names = ("lat.npy", "lon.npy", "lat2d.npy", "lon2d.npy", "normalize_mean.npz", "normalize_std.npz", "config.yaml")
     beside = [out.parent / f".{out.name}-{name}.partial" for name in names]
     return [path for path in (*inside, *beside) if path.is_file()]
 
@@ -426,4 +449,5 @@ def _result(plan: _Plan, *, written: int, changed: bool) -> Prepared:
         hours_per_step=plan.axis.hours_per_step,
         shards_written=written,
         changed=changed,
+        commands=configuration.commands(plan.out),
     )

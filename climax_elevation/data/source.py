@@ -25,6 +25,8 @@ _COORDINATES = {
 _GRIB_SUFFIXES = (".grib", ".grb", ".grib2", ".grb2")
 _READ_WHOLE = 2**28
 _SURFACE = "geopotential_at_surface"
+SCALAR_TIME = "scalar_time"
+"""Attribute of a data set of one state, without a time axis: the time that it states."""
 
 
 def open_source(source: str) -> xr.Dataset:
@@ -173,6 +175,7 @@ def _open_many(files: list[Path]) -> xr.Dataset:
 
 def _tidy(dataset: xr.Dataset) -> xr.Dataset:
     """Common names for coordinates and for the surface geopotential; no leftovers of length 1."""
+    moments = [dataset[name].to_numpy() for name in ("valid_time", "time") if name in dataset.coords]
     dataset = _valid_time(_squeeze(dataset))
     names = {}
     for ours, theirs in _COORDINATES.items():
@@ -188,6 +191,8 @@ def _tidy(dataset: xr.Dataset) -> xr.Dataset:
     kept = {"time", "level", "lat", "lon"}
     dataset = dataset.drop_vars([name for name in dataset.coords if name not in kept])
     scalar = [name for name in ("time", "lat", "lon") if name in dataset.coords and not dataset[name].dims]
+    if "time" in scalar and moments[0].ndim == 0:
+        dataset.attrs[SCALAR_TIME] = moments[0]
     dataset = dataset.drop_vars(scalar)
     return _surface(dataset)
 

@@ -17,7 +17,6 @@ from tqdm import tqdm
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves
 from climax_elevation.checks import finite, one_of
 from climax_elevation.diagnostics.strength import evaluating, terrain_blocks
-from climax_elevation.errors import InputError
 from climax_elevation.host.metrics import lat_weighted_rmse
 from climax_elevation.host.shards import Normalize
 from climax_elevation.seam import TerrainSeam
@@ -227,9 +226,10 @@ def _applies(name: str, model: nn.Module, batch: Sequence[Any]) -> bool:
     net: Any = getattr(model, "net", model)
     device = next(net.parameters()).device
     x, lead_times, variables = batch[0].to(device), batch[2].to(device), batch[3]
+    patch_ids = [region["patch_ids"] for region in batch[5:]]
 
     def given() -> list[Tensor]:
-        arguments = net.terrain.for_blocks(net.blocks, x, lead_times, variables)
+        arguments = net.terrain.for_blocks(net.blocks, x, lead_times, variables, *patch_ids)
         return [tensor for named in arguments.values() for tensor in leaves(tuple(named.values()))]
 
     before = given()
@@ -241,8 +241,9 @@ def _errors(model: nn.Module, datamodule: Any, loader: Callable[[], Any], bar: A
     """Number of forecasts, and the RMSE of each variable as ClimaX has it: mean over samples of the root."""
     total: dict[str, float] = {}
     samples = 0
-    for y, predicted, names in forecasts(model, datamodule, loader()):
-        scores = lat_weighted_rmse(predicted, y, _same, names, datamodule.get_lat_lon()[0], torch.zeros(1), "")
+    for y, predicted, names, (rows, _) in forecasts(model, datamodule, loader()):
+        lat = datamodule.get_lat_lon()[0][rows]
+        scores = lat_weighted_rmse(predicted, y, _same, names, lat, torch.zeros(1), "")
         for name in names:
             total[name] = total.get(name, 0.0) + len(y) * scores[f"w_rmse_{name}_"].item()
         samples += len(y)
@@ -250,19 +251,30 @@ def _errors(model: nn.Module, datamodule: Any, loader: Callable[[], Any], bar: A
     return samples, {name: value / samples for name, value in total.items()}
 
 
-def forecasts(model: nn.Module, datamodule: Any, batches: Any) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
-    """Truth, forecast (`[B, V, H, W]`, physical units) and names of the variables, of each batch."""
+Pixels = tuple[slice, slice]
+"""Rows and columns."""
+
+
+def pixels_forecast(region: Sequence[dict[str, Any]]) -> Pixels:
+    """Which pixels a model forecasts: those of its region, and all where there is none."""
+    if not region:
+        return slice(None), slice(None)
+    (bounds,) = region
+    return slice(bounds["min_h"], bounds["max_h"] + 1), slice(bounds["min_w"], bounds["max_w"] + 1)
+
+
+def forecasts(model: nn.Module, datamodule: Any, batches: Any) -> Iterator[tuple[Tensor, Tensor, list[str], Pixels]]:
+    """Truth, forecast (`[B, V, H, W]`, physical units), names of the variables, and which pixels, of each batch."""
     net: Any = getattr(model, "net", model)
     device = next(net.parameters()).device
     lat = datamodule.get_lat_lon()[0]
     transforms = datamodule.output_transforms
     physical = Normalize(transforms.mean, transforms.std).inverse()
-    for batch in batches:
-        if len(batch) != 5:
-            raise InputError("interventions are for global forecasts: regional batches are not forecast here")
-        x, y, lead_times, variables, out_variables = batch
-        _, predicted = net.forward(x.to(device), None, lead_times.to(device), variables, out_variables, None, lat)
-        yield physical(y.to(device)), physical(predicted.to(y.dtype)), list(out_variables)
+    for x, y, lead_times, variables, out_variables, *region in batches:
+        rows, columns = pixels_forecast(region)
+        y = y.to(device)
+        _, predicted = net.forward(x.to(device), y, lead_times.to(device), variables, out_variables, None, lat, *region)
+        yield physical(y[..., rows, columns]), physical(predicted.to(y.dtype)), list(out_variables), (rows, columns)
 
 
 def _same(values: Tensor) -> Tensor:

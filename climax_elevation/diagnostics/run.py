@@ -20,10 +20,16 @@ from climax_elevation.diagnostics.interventions import PARTS, effects
 from climax_elevation.diagnostics.strength import assess
 from climax_elevation.errors import InputError
 from climax_elevation.training import read_datamodule
-from climax_elevation.upstream.config import CLIMAX_CLASS, STAND_IN_CLASS
+from climax_elevation.upstream.config import CLIMAX_CLASS, REGIONAL_CLASS, STAND_IN_CLASS
 from climax_elevation.upstream.lightning import configuration_errors
 from climax_elevation.upstream.locate import find_climax
 from climax_elevation.upstream.overlay import importable, overlay
+
+UPSTREAM = {
+    CLIMAX_CLASS: ("climax.global_forecast.train", "GlobalForecast"),
+    REGIONAL_CLASS: ("climax.regional_forecast.train", "RegionalForecast"),
+}
+"""By the network: the training script, and how the names of its two classes begin."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Run:
 def open_run(
     folder: str | Path, *, checkpoint: Path | None = None, root_dir: Path | None = None, climax: Path | None = None
 ) -> Iterator[Run]:
-    """Open a run of global forecasting.
+    """Open a run of global or regional forecasting.
 
     Args:
         folder: Holds the run's config.yaml and its checkpoints, both at any depth.
@@ -58,15 +64,14 @@ def open_run(
             checkpoint is of another model.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    checkpoint = _checkpoint(folder, checkpoint)
-    if root_dir is not None:
-        config["data"]["root_dir"] = str(root_dir)
-    if "pretrained_path" in config["model"]:
-        config["model"]["pretrained_path"] = ""  # the checkpoint has what was made of those weights
-    with _classes(config, climax) as (module_class, datamodule_class):
-        module, datamodule = _build(module_class, datamodule_class, config)
-        _load(module, checkpoint)
+    config = read_config(folder, root_dir)
+    checkpoint = choose_checkpoint(folder, checkpoint)
+    with host_classes(config, climax) as (module_class, datamodule_class):
+        built = configured({"model": module_class, "data": datamodule_class}, config)
+        module, datamodule = built.model, built.data
+        load_weights(module, checkpoint)
+        if hasattr(datamodule, "set_patch_size"):  # as upstream's script for regions does
+            datamodule.set_patch_size(module.get_patch_size())
         datamodule.setup("fit")
         datamodule.setup("test")
         read_datamodule(module, datamodule)
@@ -81,8 +86,16 @@ def examine(run: Run, part: str) -> str:
     return f"{run.checkpoint}\n\n{report}\n\n{effects(run.module, run.datamodule, part, progress=True)}"
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """The run's `model` and `data`, without interpolations."""
+def read_config(folder: Path, root_dir: Path | None) -> dict[str, Any]:
+    """The run's `model` and `data`, without interpolations, to be built again where it may be another machine.
+
+    Args:
+        folder: Holds the run's config.yaml, at any depth.
+        root_dir: Folder of the data, if it is not where the run had it.
+
+    Raises:
+        InputError: If there is no config.yaml or several, or it is not of a run.
+    """
     if not folder.is_dir():
         raise InputError(f"{folder} is not the folder of a run")
     files = sorted(folder.rglob("config.yaml"))
@@ -95,12 +108,26 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = OmegaConf.load(files[0])
         if not isinstance(config, DictConfig) or "model" not in config or "data" not in config:
             raise InputError(f"{files[0]} is no configuration of a run: it has the keys model and data")
-        return {key: OmegaConf.to_container(config[key], resolve=True) for key in ("model", "data")}
+        read: dict[str, Any] = {key: OmegaConf.to_container(config[key], resolve=True) for key in ("model", "data")}
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise InputError(f"{files[0]}: {' '.join(str(error).split())}") from error
+    if root_dir is not None:
+        read["data"]["root_dir"] = str(root_dir)
+    if "pretrained_path" in read["model"]:
+        read["model"]["pretrained_path"] = ""  # the checkpoint has what was made of those weights
+    net = read["model"].get("net")
+    bias_args = (net.get("init_args") or {}).get("bias_args") if isinstance(net, dict) else None
+    if bias_args:
+        bias_args["engine"] = "auto"  # what the run asked for may not work on this machine
+    return read
 
 
-def _checkpoint(folder: Path, given: Path | None) -> Path:
+def choose_checkpoint(folder: Path, given: Path | None) -> Path:
+    """The checkpoint that is given, or the only one of a run that is not its last, or else the last.
+
+    Raises:
+        InputError: If there is none, or what to take is not clear.
+    """
     if given is not None:
         if not given.is_file():
             raise InputError(f"checkpoint {given} does not exist")
@@ -115,8 +142,16 @@ def _checkpoint(folder: Path, given: Path | None) -> Path:
 
 
 @contextmanager
-def _classes(config: dict[str, Any], climax: Path | None) -> Iterator[tuple[type, type]]:
-    """The module's and the data module's class, of the host that the run had."""
+def host_classes(config: dict[str, Any], climax: Path | None) -> Iterator[tuple[type, type]]:
+    """The module's and the data module's class, of the host that the run had.
+
+    Args:
+        config: From `read_config`.
+        climax: A copy of ClimaX, as `find_climax` takes it.
+
+    Raises:
+        InputError: If it is a run of something else, or ClimaX is missing.
+    """
     net = config["model"].get("net")
     host = net.get("class_path") if isinstance(net, dict) else None
     if host == STAND_IN_CLASS and climax is not None:
@@ -126,38 +161,54 @@ def _classes(config: dict[str, Any], climax: Path | None) -> Iterator[tuple[type
         from climax_elevation.host.shards import GlobalForecastDataModule
 
         yield GlobalForecastModule, GlobalForecastDataModule
-    elif host == CLIMAX_CLASS:
+    elif host in UPSTREAM and "variables" in config["data"]:
+        script_name, prefix = UPSTREAM[host]
         with overlay(find_climax(climax), patched=True) as source, importable(source):
-            script: Any = importlib.import_module("climax.global_forecast.train")
-            yield script.GlobalForecastModule, script.GlobalForecastDataModule
+            script: Any = importlib.import_module(script_name)
+            yield getattr(script, f"{prefix}Module"), getattr(script, f"{prefix}DataModule")
     else:
-        raise InputError(f"runs of global_forecast can be opened, of {CLIMAX_CLASS} or {STAND_IN_CLASS}, not of {host}")
+        raise InputError(
+            f"runs of global_forecast and regional_forecast can be opened, of {', '.join(UPSTREAM)} or "
+            f"{STAND_IN_CLASS}, not {'pretraining' if host in UPSTREAM else f'runs of {host}'}"
+        )
 
 
-def _build(module_class: type, datamodule_class: type, config: dict[str, Any]) -> tuple[LightningModule, Any]:
+def configured(classes: dict[str, type], config: dict[str, Any], *, build: bool = True) -> Any:
+    """Parts of a configuration, checked and with defaults, by their keys.
+
+    Args:
+        classes: What is configured under each key.
+        config: From `read_config`.
+        build: Whether to make the objects, not only to read their settings.
+
+    Raises:
+        InputError: If the configuration is not one of these classes.
+    """
     from pytorch_lightning.cli import LightningArgumentParser
 
-    bias_args = config["model"]["net"].get("init_args", {}).get("bias_args")
-    if bias_args:
-        bias_args["engine"] = "auto"  # what the run asked for may not work on this machine
     parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(module_class, "model")
-    parser.add_lightning_class_args(datamodule_class, "data")
+    for key, configurable in classes.items():
+        parser.add_lightning_class_args(configurable, key)
     with configuration_errors():
-        built = parser.instantiate_classes(parser.parse_object(config))
-    return built.model, built.data
+        parsed = parser.parse_object({key: config[key] for key in classes})
+        return parser.instantiate_classes(parsed) if build else parsed
 
 
-def _load(module: LightningModule, checkpoint: Path) -> None:
+def load_weights(module: LightningModule, checkpoint: Path) -> None:
+    """Give a module the weights of a checkpoint, which holds tensors alone.
+
+    Raises:
+        InputError: If it is no such file, or of another model.
+    """
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except Exception as error:  # of other files torch reads what it can, and then raises anything
-        said = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"{checkpoint} is no checkpoint of tensors alone: {said[0]}") from error
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    except FileNotFoundError as error:
+        raise InputError(f"{checkpoint} is gone, as a run that goes on replaces them: repeat it") from error
+    except Exception as error:  # of half a file, or of another, torch reads what it can, and then raises anything
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{checkpoint} is no checkpoint of tensors alone: {said}") from error
     try:
-        module.load_state_dict(saved["state_dict"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{checkpoint} is no checkpoint of Lightning's: it has no state_dict") from error
+        module.load_state_dict(saved)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{checkpoint} does not fit the run's configuration: {reason}") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from climax_elevation.checks import one_of
-from climax_elevation.diagnostics.interventions import PARTS, forecasts
+from climax_elevation.diagnostics.interventions import PARTS, forecasts, pixels_forecast
 from climax_elevation.diagnostics.run import Run
 from climax_elevation.diagnostics.strength import (
     Seen,
@@ -168,7 +169,15 @@ def _look(run: Run, part: str, sample: int, block: int) -> tuple[Terrain, Seen]:
         net: Any = run.module.net
         device = next(net.parameters()).device
         terrain = net.terrain(batch[0].to(device), batch[2].to(device), batch[3])
-    return terrain, one_sample(caught[block], 0)
+    return _of_region(terrain, batch[5:], net.patch_size), one_sample(caught[block], 0)
+
+
+def _of_region(terrain: Terrain, region: Sequence[dict[str, Any]], patch_size: int) -> Terrain:
+    """What lies in the rectangle of patches that is forecast, as a grid of its own."""
+    if not region:
+        return terrain
+    rows, columns = (pixels.stop // patch_size - pixels.start // patch_size for pixels in pixels_forecast(region))
+    return replace(terrain.select(region[0]["patch_ids"]), grid=(rows, columns), patch_ids=None)
 
 
 def _batch_of_one(run: Run, part: str, sample: int) -> tuple[Any, ...]:
@@ -220,8 +229,8 @@ def _patch(lat: Array, lon: Array, grid: tuple[int, int], place: Place) -> int:
     known = -90 <= place[0] <= 90 and math.isfinite(place[1])
     if not known or nearest[chosen] > ROOM * _spacing(centres, grid, chosen):
         raise InputError(
-            f"({place[0]:g}, {place[1]:g}) is outside the grid, whose patches have centres from latitude "
-            f"{lat.min():g} to {lat.max():g} and longitude {lon.min():g} to {lon.max():g}"
+            f"{_words(place)} is outside the grid, whose patches have centres from {latitude_words(lat.min())} to "
+            f"{latitude_words(lat.max())} and {longitude_words(lon.min())} to {longitude_words(lon.max())}"
         )
     return chosen
 
@@ -267,8 +276,22 @@ def transect(view: View, start: Place, end: Place) -> Transect:
 
 
 def _words(place: Place) -> str:
-    lat, lon = place[0], (place[1] + 180) % 360 - 180
-    return f"{abs(lat):g}° {'N' if lat >= 0 else 'S'}, {abs(lon):g}° {'E' if lon >= 0 else 'W'}"
+    return f"{latitude_words(place[0])}, {longitude_words(place[1])}"
+
+
+def latitude_words(lat: float) -> str:
+    """Degrees north or south, as all pictures and messages about them have it."""
+    return _degrees(lat, "NS", (0,))
+
+
+def longitude_words(lon: float) -> str:
+    """Degrees east or west of Greenwich, whatever the data count from."""
+    return _degrees((lon + 180) % 360 - 180, "EW", (0, -180))
+
+
+def _degrees(value: float, sides: str, no_side: tuple[int, ...]) -> str:
+    value = round(float(value), 6)
+    return f"{abs(value):g}°" + ("" if value in no_side else f" {sides[value < 0]}")
 
 
 def error_field(run: Run, part: str, variable: str | None) -> tuple[Field, str]:
@@ -279,14 +302,15 @@ def error_field(run: Run, part: str, variable: str | None) -> tuple[Field, str]:
     """
     loader = getattr(run.datamodule, f"{one_of('part', part, PARTS)}_dataloader")
     total, count = torch.zeros(()), 0
+    lat, lon = map(np.asarray, run.datamodule.get_lat_lon())
     with evaluating(run.module):
-        for y, predicted, names in forecasts(run.module, run.datamodule, loader()):
+        for y, predicted, names, (rows, columns) in forecasts(run.module, run.datamodule, loader()):
             variable = one_of("variable", names[0] if variable is None else variable, names)
             error = (predicted - y)[:, names.index(variable)].double().square()
             total, count = total.to(error) + error.sum(dim=0), count + len(error)
+            region = lat[rows], lon[columns]
     assert variable is not None
-    lat, lon = run.datamodule.get_lat_lon()
-    return Field(np.asarray(lat), np.asarray(lon), (total / count).sqrt().cpu().numpy()), variable
+    return Field(*region, (total / count).sqrt().cpu().numpy()), variable
 
 
 def ground_field(run: Run, part: str) -> Field:
@@ -295,18 +319,20 @@ def ground_field(run: Run, part: str) -> Field:
     Raises:
         InputError: If there is neither.
     """
-    x, _, lead_times, names, _ = next(islice(getattr(run.datamodule, f"{part}_dataloader")(), 1))
+    x, _, lead_times, names, _, *region = next(islice(getattr(run.datamodule, f"{part}_dataloader")(), 1))
+    rows, columns = pixels_forecast(region)
     reader = next((module for module in run.module.modules() if isinstance(module, TerrainReader)), None)
     channel = "orography" if reader is None else reader.elevation_variable
     if channel in names:
         transforms = run.datamodule.transforms
         metres = Normalize(transforms.mean, transforms.std).inverse()(x[:1])[0, names.index(channel)]
         lat, lon = run.datamodule.get_lat_lon()
-        return Field(np.asarray(lat), np.asarray(lon), metres.numpy())
+        return Field(np.asarray(lat)[rows], np.asarray(lon)[columns], metres[rows, columns].numpy())
     if reader is None:
         raise InputError(f"error maps show the terrain, and the run's input has no {channel!r}")
     with evaluating(run.module):
         device = next(run.module.parameters()).device
         terrain = reader(x.to(device), lead_times.to(device), names)
+        terrain = _of_region(terrain, region, reader.patch_size)
     lat, lon = (axis.reshape(terrain.grid) for axis in _centres(terrain))
     return Field(lat, lon, terrain.elevation_m[0].reshape(terrain.grid).cpu().numpy())

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from climax_elevation.data.names import VARIABLES
-from climax_elevation.diagnostics.view import Array, Field, Transect, View
+from climax_elevation.diagnostics.view import Array, Field, Transect, View, latitude_words, longitude_words
 
 logger = logging.getLogger(__name__)
 
@@ -123,10 +123,12 @@ def draw_map(
     )
     axes.set_aspect("equal")
     axes.set_title(title)
-    axes.set_xlabel("longitude (degrees east)")
-    axes.set_ylabel("latitude (degrees north)")
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 3, 6, 10]))
+    axes.set_xlabel("longitude")
+    axes.set_ylabel("latitude")
     wide = np.ptp(field.unwrapped) > WIDE * np.ptp(field.lat)
+    axes.xaxis.set_major_locator(MaxNLocator(5 if wide else 3, steps=[1, 2, 3, 6, 10]))
+    axes.xaxis.set_major_formatter(lambda lon, _: longitude_words(lon))
+    axes.yaxis.set_major_formatter(lambda lat, _: latitude_words(lat))
     beyond = high is not None and field.values.max() > high
     extend = "max" if beyond else "neither"
     if wide:
@@ -301,6 +303,32 @@ def error_figure(
             title = f"{name} minus {other[0]}"
             draw_map(axes[1], Field(error.lat, error.lon, change), title, label, *bias_colours(change), ground)
         figure.suptitle(f"Error of {variable}, {part}{_contour_words(ground.values)}")
+    return figure
+
+
+def forecast_figure(
+    forecast: Field, change: Array | None, ground: Field | None, variable: str, when: str, unit: str
+) -> Figure:
+    """A forecast, and what the bias changed in it.
+
+    Args:
+        forecast: In the variable's unit.
+        change: With the bias less without it, on the same grid; None: there is none.
+        ground: Elevation, metres; None: unknown.
+        variable: ClimaX's name.
+        when: From when and for when, in words.
+        unit: The variable's.
+    """
+    with readable_fonts():
+        figure, axes = maps([forecast] * (1 if change is None else 2))
+        label = f"{variable}\n({unit})"
+        draw_map(axes[0], forecast, "Forecast", label, "viridis", ground=ground)
+        if change is not None:
+            field = Field(forecast.lat, forecast.lon, change)
+            label = f"with the bias less\nwithout it ({unit})"
+            draw_map(axes[1], field, "What the bias changed", label, *bias_colours(change), ground)
+        contours = "" if ground is None else _contour_words(ground.values)
+        figure.suptitle(f"{when}{contours}")
     return figure
 
 

@@ -7,9 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -17,10 +15,10 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from climax_elevation.bias.base import like_parameters
 from climax_elevation.errors import InputError
 from climax_elevation.host.metrics import lat_weighted_acc, lat_weighted_mse, lat_weighted_mse_val, lat_weighted_rmse
 from climax_elevation.host.shards import Normalize
+from climax_elevation.pretrained import load_pretrained
 
 logger = logging.getLogger(__name__)
 
@@ -178,55 +176,3 @@ def warmup_cosine(
 
     factors: list[Callable[[int], float]] = [partial(factor, group["lr"]) for group in optimizer.param_groups]
     return LambdaLR(optimizer, factors)
-
-
-def load_pretrained(module: nn.Module, source: str) -> None:
-    """Copy into `module` the weights of a Lightning checkpoint that fit it, and log those that do not.
-
-    Args:
-        module: Its keys begin with "net.".
-        source: File or URL of the checkpoint. Older ones of ClimaX say "channel" for "var" in keys.
-
-    Raises:
-        InputError: If it is absent, is no checkpoint, or has no weight that fits.
-    """
-    saved = {key.replace("channel", "var"): value for key, value in _read_weights(source).items()}
-    own = module.state_dict()
-    saved = like_parameters(saved, own)
-    fitting = {key: value for key, value in saved.items() if key in own and value.shape == own[key].shape}
-    if not fitting:
-        raise InputError(f"no weight in {source} fits the model: its keys begin with {', '.join(list(saved)[:3])}")
-    try:
-        module.load_state_dict(fitting, strict=False)
-    except RuntimeError as error:  # shapes fit: what is left is terrain that disagrees
-        raise InputError(f"{source}: {' '.join(str(error).split())}") from error
-    logger.info(
-        "%s: loaded %d of %d weights; missing: %s; unexpected or of another shape: %s",
-        source,
-        len(fitting),
-        len(own),
-        ", ".join(key for key in own if key not in fitting) or "none",
-        ", ".join(key for key in saved if key not in fitting) or "none",
-    )
-
-
-def _read_weights(source: str) -> dict[str, Tensor]:
-    from_web = source.startswith(("http://", "https://"))
-    if not from_web and not Path(source).is_file():
-        raise InputError(f"model.pretrained_path {source} does not exist")
-    try:
-        if from_web:
-            checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True)
-        else:
-            checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    except URLError as error:
-        raise InputError(f"model.pretrained_path {source} cannot be fetched ({error.reason})") from error
-    except Exception as error:  # of other files torch reads what it can, and then raises anything
-        said = str(error).splitlines() or [type(error).__name__]
-        raise InputError(
-            f"{source} is no checkpoint of tensors alone ({said[0]}): save one that holds its "
-            "state_dict and nothing else"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise InputError(f"{source} is not a Lightning checkpoint: it has no state_dict")
-    return checkpoint["state_dict"]

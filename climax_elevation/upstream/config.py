@@ -17,6 +17,7 @@ from climax_elevation.errors import InputError
 logger = logging.getLogger(__name__)
 
 CLIMAX_CLASS = "climax.arch.ClimaX"
+REGIONAL_CLASS = "climax.regional_forecast.arch.RegionalClimaX"
 STAND_IN_CLASS = "climax_elevation.host.StandInClimaX"
 CALLBACK = "climax_elevation.training.TerrainCallback"
 RESUME = "resume_from_checkpoint"

@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import partial, partialmethod
 from typing import Any
 
 from torch import Tensor, nn
 
 from climax_elevation.bias.base import like_parameters
 from climax_elevation.errors import InputError
+from climax_elevation.pretrained import load_pretrained
 from climax_elevation.upstream.config import Modernized
 from climax_elevation.upstream.lightning import PretrainingCLI, TrainingCLI
 from climax_elevation.upstream.locate import Source
 from climax_elevation.upstream.overlay import importable, overlay
+
+FORECASTING = ("GlobalForecastModule", "RegionalForecastModule")
 
 
 def train_upstream(module: str, source: Source, given: Modernized) -> None:
@@ -39,13 +42,17 @@ def train_upstream(module: str, source: Source, given: Modernized) -> None:
         if not called or not hasattr(script, "main"):
             raise InputError(f"climax.{module}.train of {source.package} has no main() that calls LightningCLI")
         _read_older_scalars(sys.modules.get(f"climax.{module}.module"))
+        for name in FORECASTING:
+            if hasattr(script, name):
+                # upstream's own takes weights of variables by number, and drops positions of other shapes of grids
+                getattr(script, name).load_pretrained_weights = partialmethod(load_pretrained, trusted=True)
         cli: type[TrainingCLI] = PretrainingCLI if module == "pretrain" else TrainingCLI
         setattr(script, called[0], partial(cli, arguments=given.arguments, resume=given.resume))
         script.main()
 
 
 def _read_older_scalars(script: Any) -> None:
-    """Pretrained weights go through one function, before upstream drops those of another shape than the model's."""
+    """Climate projection's own loader calls one function before it drops weights of another shape than the model's."""
     if not hasattr(script, "interpolate_pos_embed"):  # pretraining starts from none
         return
     own: Callable[..., None] = script.interpolate_pos_embed

@@ -9,7 +9,7 @@ import pickle
 import re
 import traceback
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning import Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import ParallelStrategy
 
@@ -102,6 +103,7 @@ class TrainingCLI(LightningCLI):
         if self.config.trainer.fast_dev_run:
             # upstream's scripts test the best checkpoint, and this saves none
             self.trainer.test = _without_checkpoint(self.trainer.test)  # type: ignore[method-assign]
+        self.trainer.test = _with_whole_names(self.trainer.test, self.trainer)  # type: ignore[method-assign]
 
     def _check_folders(self) -> None:
         """Before anything is written, that all can be."""
@@ -214,6 +216,27 @@ def _without_checkpoint(test: Callable[..., Any]) -> Callable[..., Any]:
         return test(*positional, **named | {"ckpt_path": None})
 
     return run
+
+
+def _with_whole_names(test: Callable[..., Any], trainer: Trainer) -> Callable[..., Any]:
+    """Lightning's own table cuts names to half of what it takes for the terminal's width: 80 where there is none."""
+
+    @functools.wraps(test)
+    def run(*positional: Any, **named: Any) -> Any:
+        results = test(*positional, **{"verbose": False} | named)
+        if trainer.is_global_zero and "verbose" not in named:
+            print(scores_table(results))
+        return results
+
+    return run
+
+
+def scores_table(results: Sequence[Mapping[str, float]]) -> str:
+    """A line a score: its whole name, and its values, one a set of data."""
+    names = sorted({name for scores in results for name in scores})
+    width = max(map(len, names), default=0)
+    cells = ([f"{scores[name]:12.6g}" if name in scores else " " * 12 for scores in results] for name in names)
+    return "\n".join(f"{name:{width}} {' '.join(row)}" for name, row in zip(names, cells, strict=True))
 
 
 def _line(error: object) -> str:

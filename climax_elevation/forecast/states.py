@@ -1,0 +1,406 @@
+"""States of the atmosphere from a source, as a run's input wants them: its variables, on its grid."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from climax_elevation.data.fields import Field, find_fields
+from climax_elevation.data.grid import Grid, read_grid
+from climax_elevation.data.names import CLIMAX_LEVELS_HPA, LAND_SEA_MASK, LATITUDE_NAMES, OROGRAPHY, find_variable
+from climax_elevation.data.source import SCALAR_TIME, open_source
+from climax_elevation.errors import InputError
+from climax_elevation.files import load_npz
+from climax_elevation.forecast.loaded import Array, LoadedRun
+
+logger = logging.getLogger(__name__)
+
+STATIC = (OROGRAPHY.name, LAND_SEA_MASK.name, *LATITUDE_NAMES)
+"""Variables that are the same at all times."""
+SAME_PLACE_DEG = 1e-3
+GROUND_MAY_DIFFER_M = 1.0
+HOURS_PER_MONTH = 730.5
+MONTHS_MAY_DIFFER = 0.02  # months have no fixed length: of a lead time in hours, its distance from whole ones
+DATE = re.compile(r"\d{4}(-\d\d(-\d\d(T\d\d(:\d\d(:\d\d)?)?)?)?)?")
+ALL, LAST = "all", "last"
+
+
+@dataclass(frozen=True)
+class States:
+    """A source, seen as a run's input.
+
+    Attributes:
+        run: Whose input.
+        fields: What changes in time, by the run's names.
+        constant: What does not, `[H, W]`.
+        grid: From the source's pixels to the run's.
+        times: Of the source, `[N]`: datetime64 or of another calendar.
+        stamps: The same as ISO 8601, to the second.
+        months: Calendar months from input to forecast; 0: the source does not step in months.
+    """
+
+    run: LoadedRun
+    fields: Mapping[str, Field]
+    constant: Mapping[str, Array]
+    grid: Grid
+    times: NDArray[Any]
+    stamps: tuple[str, ...]
+    months: int
+
+    def read(self, name: str, indices: Sequence[int]) -> Array:
+        """A variable at some times, `[len(indices), H, W]`, checked.
+
+        Raises:
+            InputError: If values are missing or cannot be true, or the source is damaged.
+        """
+        if name in self.constant:
+            return np.repeat(self.constant[name][None], len(indices), axis=0)
+        field = self.fields[name]
+        try:
+            values = np.concatenate([field.read(self.grid, start, stop) for start, stop in _stretches(indices)])
+        except (OSError, RuntimeError) as error:  # RuntimeError: netCDF4's word for a damaged file
+            raise InputError(f"cannot read {field.called!r} from the source ({error})") from error
+        self._check(field, values, indices)
+        return values
+
+    def _check(self, field: Field, values: Array, indices: Sequence[int]) -> None:
+        low, high = field.valid
+        good = np.isfinite(values) & (values >= low) & (values <= high)
+        if good.all():
+            return
+        step, row, column = (int(index[0]) for index in np.nonzero(~good))
+        what = f"{field.name} ({field.called!r} in the source) at {self.stamps[indices[step]]}"
+        if not np.isfinite(values[step, row, column]):
+            raise InputError(f"{what} has {int((~np.isfinite(values[step])).sum())} missing values: fill them")
+        raise InputError(
+            f"{what} is {values[step, row, column]:g}, outside {low:g} to {high:g} in ClimaX's unit: mend the source, "
+            "or state its unit with --units"
+        )
+
+    def starts(self, wanted: Sequence[str]) -> list[int]:
+        """Indices of the times to forecast from.
+
+        Args:
+            wanted: "last"; "all"; a year or date, for all times in it; or two, for all from one to the other.
+
+        Raises:
+            InputError: If there is none, or a date cannot be read.
+        """
+        if list(wanted) == [LAST]:
+            return [int(np.argmax(self.times))]
+        if list(wanted) == [ALL]:
+            return list(range(len(self.stamps)))
+        if not 1 <= len(wanted) <= 2:
+            raise InputError(f"start is a date, two of them, {ALL!r} or {LAST!r}, not {' '.join(wanted)}")
+        first, last = _date(wanted[0]), _date(wanted[-1])
+        found = [i for i, stamp in enumerate(self.stamps) if stamp >= first and stamp[: len(last)] <= last]
+        if not found:
+            raise InputError(
+                f"the source has no time {'from ' if first != last else ''}{' to '.join(wanted)}: its times are from "
+                f"{min(self.stamps)} to {max(self.stamps)}"
+            )
+        return found
+
+    def after(self, index: int, steps: int) -> Any:
+        """The time that a forecast of so many steps from time `index` is for."""
+        return advanced(self.times[index], steps * self.run.lead_hours, steps * self.months)
+
+    def index_of(self, time: Any) -> int | None:
+        """Where the source has a time; None: it has not."""
+        found = np.flatnonzero(self.times == time)
+        return int(found[0]) if len(found) else None
+
+
+@contextmanager
+def open_states(
+    run: LoadedRun,
+    source: str,
+    *,
+    constants: str | None = None,
+    units: Mapping[str, str] | None = None,
+    time: str | None = None,
+) -> Iterator[States]:
+    """Open a source as a run's input.
+
+    Args:
+        run: Its variables are looked for, and its grid.
+        source: netCDF, Zarr or GRIB, as `prepare` takes it.
+        constants: A further file on the same grid, with orography and land-sea mask.
+        units: Unit by variable, where the source names none or a wrong one.
+        time: Of the source, where it states none: an ISO date.
+
+    Raises:
+        InputError: If the source lacks a variable, is of another grid or of no known time.
+    """
+    record = _record(run.data)
+    regrid = record.get("options", {}).get("regrid")
+    with ExitStack() as stack:
+        dataset = _timed(stack.enter_context(open_source(source)), source, time)
+        further = None if constants is None else stack.enter_context(open_source(constants))
+        times, stamps = _read_times(dataset["time"])
+        dataset, grid = _on_grid(dataset, run, f"the source {source}", regrid)
+        if further is not None:
+            further, _ = _on_grid(further, run, f"the file of constants {constants}", regrid)
+        own = _own_ground(run, [dataset] if further is None else [dataset, further])
+        wanted = [name for name in run.variables if name not in own]
+        found = find_fields(
+            dataset,
+            further,
+            grid,
+            variables=wanted,
+            levels=_levels(wanted, dataset),
+            units=units or {},
+            orography=OROGRAPHY.name in wanted,
+        )
+        missing = [name for name in wanted if name not in found.names]
+        if missing:
+            raise InputError(f"the run's input has {', '.join(missing)}, and {source} has not: give a source that has")
+        _check_ground(run, found.constant)
+        months = _months(stamps if len(stamps) > 1 else _stamps_of(record), run.lead_hours)
+        fields = {field.name: field for field in found.changing}
+        yield States(run, fields, {**found.constant, **own}, grid, times, stamps, months)
+
+
+def advanced(time: Any, hours: float, months: int = 0) -> Any:
+    """A time later by calendar months, or where there are none by hours; of any calendar."""
+    if isinstance(time, np.datetime64):
+        if months:
+            month = time.astype("datetime64[M]")
+            return (month + months) + (time - month)
+        return time + np.timedelta64(round(3600 * hours), "s")
+    if months:
+        count = 12 * time.year + time.month - 1 + months
+        return time.replace(year=count // 12, month=count % 12 + 1)
+    return time + datetime.timedelta(seconds=round(3600 * hours))
+
+
+def stamp(time: Any) -> str:
+    """ISO 8601, to the second."""
+    return str(np.datetime_as_string(time, unit="s")) if isinstance(time, np.datetime64) else time.isoformat()
+
+
+def _stretches(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive indices: first, and one after the last."""
+    start = indices[0]
+    for before, after in pairwise([*indices, -1]):
+        if after != before + 1:
+            yield start, before + 1
+            start = after
+
+
+def _date(text: str) -> str:
+    try:
+        if not DATE.fullmatch(text):
+            raise ValueError
+        np.datetime64(text)
+    except ValueError:
+        raise InputError(
+            f"start is {ALL!r}, {LAST!r}, a year or an ISO date such as 2000 or 2000-06-01T12, not {text!r}"
+        ) from None
+    return text
+
+
+def _timed(dataset: xr.Dataset, source: str, time: str | None) -> xr.Dataset:
+    """A source of one state has a time axis too."""
+    if "time" in dataset.dims:
+        return dataset
+    if SCALAR_TIME in dataset.attrs:
+        moment = np.atleast_1d(dataset.attrs[SCALAR_TIME])
+    elif time is not None and DATE.fullmatch(time):
+        moment = np.array([np.datetime64(_date(time), "ns")])
+    else:
+        raise InputError(
+            f"{source} states no time: say which one it is of with --start, an ISO date such as 2020-01-01T06"
+        )
+    changing = {
+        name: array.expand_dims(time=moment)
+        for name, array in dataset.data_vars.items()
+        if not _is_static(str(name), array)
+    }
+    return dataset.assign_coords(time=moment).assign(changing)
+
+
+def _is_static(name: str, array: xr.DataArray) -> bool:
+    variable = None if "level" in array.dims else find_variable(name, has_levels=False)
+    return variable is not None and variable.name in STATIC
+
+
+def _read_times(time: xr.DataArray) -> tuple[NDArray[Any], tuple[str, ...]]:
+    values = time.to_numpy()
+    if np.issubdtype(values.dtype, np.datetime64):
+        values = values.astype("datetime64[s]")
+    elif not (len(values) and hasattr(values[0], "isoformat")):
+        raise InputError(f"the time coordinate holds {values.dtype} and not dates: give it CF units and a calendar")
+    stamps = tuple(stamp(value) for value in values)
+    twice = next((one for one, other in pairwise(sorted(stamps)) if one == other), None)
+    if twice is not None:
+        raise InputError(f"the time {twice} comes twice: remove the duplicate from the source")
+    return values, stamps
+
+
+def _months(stamps: Sequence[str], lead_hours: float) -> int:
+    """Calendar months from input to forecast, where times step in them and the lead time is so many."""
+    counts = {12 * int(stamp[:4]) + int(stamp[5:7]) for stamp in stamps}
+    if len(stamps) < 2 or len(counts) < len(stamps) or len({stamp[7:] for stamp in stamps}) > 1:
+        return 0
+    months = round(lead_hours / HOURS_PER_MONTH)
+    close = abs(lead_hours - months * HOURS_PER_MONTH) <= MONTHS_MAY_DIFFER * lead_hours
+    return months if months and close else 0
+
+
+def _levels(variables: Sequence[str], dataset: xr.Dataset) -> list[int] | None:
+    """Pressure levels that the run's variables name, where the source has levels and they are others than ClimaX's."""
+    named = [re.fullmatch(r"(.+)_(\d+)", name) for name in variables]
+    levels = {int(match[2]) for match in named if match and find_variable(match[1], has_levels=True)}
+    return None if levels <= set(CLIMAX_LEVELS_HPA) or "level" not in dataset.coords else sorted(levels)
+
+
+def _record(data: Path) -> Mapping[str, Any]:
+    """How the run's data were prepared; nothing, where something else prepared them."""
+    try:
+        record = json.loads((data / "prepare.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and isinstance(record.get("options"), dict) else {}
+
+
+def _stamps_of(record: Mapping[str, Any]) -> list[str]:
+    shards = record.get("shards", [])
+    return sorted({str(shard.get(end)) for shard in shards for end in ("first", "last")})
+
+
+# ---- the grid ------------------------------------------------------------------------------------
+
+
+def _on_grid(dataset: xr.Dataset, run: LoadedRun, what: str, regrid: str | None) -> tuple[xr.Dataset, Grid]:
+    """The source cut to the run's rows and columns, in their order; and the way from there to the run's pixels."""
+    for name in ("lat", "lon"):
+        if name not in dataset.coords:
+            raise InputError(f"{what} has no {'latitude' if name == 'lat' else 'longitude'}, and the run has")
+    lat, lon = dataset["lat"], dataset["lon"]
+    if run.places is None and lat.ndim == lon.ndim == 1:
+        rows = _found(lat.to_numpy(), run.lat, None)
+        columns = _found(lon.to_numpy(), run.lon, 360.0)
+        if rows is not None and columns is not None:
+            if (len(rows), len(columns)) != (lat.size, lon.size):
+                logger.info("%s: cut from %d x %d to the run's %d x %d pixels", what, lat.size, lon.size, *run.shape)
+            dims = str(lat.dims[0]), str(lon.dims[0])
+            lat2d = np.repeat(np.asarray(run.lat, dtype=np.float64)[:, None], run.shape[1], axis=1)
+            grid = Grid(dims, run.lat, run.lon, lat2d, None, (False, False), 0, (run.lat, run.lon))
+            return dataset.isel({dims[0]: rows, dims[1]: columns}), grid
+        if regrid is None:
+            raise _other_grid(what, run, lat.to_numpy(), lon.to_numpy())
+    elif run.places is None or lat.ndim != 2:
+        raise InputError(
+            f"{what} and the run's data are on grids of two kinds, one with a latitude a row and one with a latitude a "
+            "pixel: give a source on the run's grid"
+        )
+    grid = read_grid(dataset, patch_size=1, regrid=regrid)
+    height, width = run.shape
+    grid = Grid(
+        grid.dims,
+        grid.lat[:height],
+        grid.lon[:width],
+        grid.lat2d[:height, :width],
+        None if grid.lon2d is None else grid.lon2d[:height, :width],
+        grid.flips,
+        grid.roll,
+        grid.source,
+        grid.regridded,
+    )
+    pairs = [(grid.lat, run.lat), (grid.lon, run.lon)]
+    if run.places is not None and grid.lon2d is not None:
+        pairs = [(grid.lat2d, run.places[0]), (grid.lon2d, run.places[1])]
+    if any(here.shape != there.shape or not _alike(here, there).all() for here, there in pairs):
+        raise _other_grid(what, run, lat.to_numpy(), lon.to_numpy())
+    return dataset, grid
+
+
+def _alike(here: Array, there: Array) -> NDArray[np.bool_]:
+    apart = np.abs(np.asarray(here, dtype=np.float64) - np.asarray(there, dtype=np.float64))
+    return np.minimum(apart % 360, -apart % 360) < SAME_PLACE_DEG
+
+
+def _found(here: Array, wanted: Array, period: float | None) -> NDArray[np.integer] | None:
+    """Indices in `here` of what is wanted, side by side there too; None: it is not all there."""
+    apart = np.abs(np.asarray(here, dtype=np.float64)[None] - np.asarray(wanted, dtype=np.float64)[:, None])
+    if period is not None:
+        apart = np.minimum(apart % period, -apart % period)
+    indices = apart.argmin(axis=1)
+    if (apart.min(axis=1) >= SAME_PLACE_DEG).any():
+        return None
+    steps = np.diff(indices)
+    if period is not None:  # over the seam of a grid that goes all the way round
+        steps = np.where(np.abs(steps) == len(here) - 1, -np.sign(steps), steps)
+    # every second row of a finer grid is not the grid of which the run knows the means
+    return indices if (steps == 1).all() or (steps == -1).all() else None
+
+
+def _other_grid(what: str, run: LoadedRun, lat: Array, lon: Array) -> InputError:
+    def of(lat: Array, lon: Array, shape: Sequence[int]) -> str:
+        size = " x ".join(map(str, shape))
+        return f"{size} pixels, {lat.min():g} to {lat.max():g} north and {lon.min():g} to {lon.max():g} east"
+
+    shape = (lat.size, lon.size) if lat.ndim == lon.ndim == 1 else lat.shape
+    return InputError(
+        f"{what} is of another grid than the run: it has {of(lat, lon, shape)}, and the run "
+        f"{of(run.lat, run.lon, run.shape)}; give one that has the run's rows and columns, or regrid it to them first"
+    )
+
+
+# ---- the ground ----------------------------------------------------------------------------------
+
+
+def _own_ground(run: LoadedRun, places: Sequence[xr.Dataset]) -> dict[str, Array]:
+    """Static fields of the run's data, where the sources lack them."""
+    lacking = [
+        variable.name
+        for variable in (OROGRAPHY, LAND_SEA_MASK)
+        if variable.name in run.variables and not any(_has(place, variable.name) for place in places)
+    ]
+    own = _own_constants(run, lacking)
+    if own:
+        logger.info("%s: not in the source, taken from the run's data in %s", ", ".join(own), run.data)
+    return own
+
+
+def _has(dataset: xr.Dataset, name: str) -> bool:
+    return any(
+        _is_static(str(called), array) and getattr(find_variable(str(called), has_levels=False), "name", None) == name
+        for called, array in dataset.data_vars.items()
+    )
+
+
+def _own_constants(run: LoadedRun, names: Sequence[str]) -> dict[str, Array]:
+    """Static fields of the run's data, `[H, W]`; those that are not there are left out."""
+    shards = sorted((run.data / "train").glob("*.npz"))
+    if not names or not shards:
+        return {}
+    arrays = load_npz(shards[0], "prepare the run's data again", names)
+    return {name: values[0, 0] for name, values in arrays.items() if values.shape[-2:] == run.shape}
+
+
+def _check_ground(run: LoadedRun, constant: Mapping[str, Array]) -> None:
+    """Say so where the run was trained over another ground."""
+    if OROGRAPHY.name not in constant:
+        return
+    own = _own_constants(run, [OROGRAPHY.name]).get(OROGRAPHY.name)
+    if own is None:
+        return
+    apart = float(np.abs(own - constant[OROGRAPHY.name]).max())
+    if apart > GROUND_MAY_DIFFER_M:
+        logger.warning(
+            "the source's orography is up to %.0f m off that of the run's training, and is taken as it is", apart
+        )
