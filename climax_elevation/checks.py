@@ -26,6 +26,27 @@ def positive(name: str, value: float, unit: str) -> float:
     return float(value)
 
 
+def not_below_zero(name: str, value: float) -> float:
+    """`value` as a float; InputError unless it is a finite number of 0 or more."""
+    if finite(name, value) < 0:
+        raise InputError(f"{name} is 0 or more, not {value!r}")
+    return float(value)
+
+
+def share(name: str, value: float) -> float:
+    """`value` as a float; InputError unless it is from 0 to below 1."""
+    if not 0 <= finite(name, value) < 1:
+        raise InputError(f"{name} is from 0 to below 1, not {value!r}")
+    return float(value)
+
+
+def learning_rate(name: str, value: float) -> float:
+    """`value` as a float; InputError unless it is a finite number above 0."""
+    if finite(name, value) <= 0:
+        raise InputError(f"{name} is above 0, not {value!r}")
+    return float(value)
+
+
 def count(name: str, value: int) -> int:
     """`value`; InputError unless it is a whole number of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -46,13 +67,6 @@ def one_of(name: str, value: str, choices: Iterable[str]) -> str:
     if value not in choices:
         raise InputError(f"unknown {name} {value!r}; choose one of {', '.join(map(repr, choices))}")
     return value
-
-
-def share(name: str, value: float) -> float:
-    """`value` as a float; InputError unless it is a finite number of 0 or more, below 1."""
-    if not 0 <= finite(name, value) < 1:
-        raise InputError(f"{name} is a share from 0 to below 1, not {value!r}")
-    return float(value)
 
 
 def text(name: str, value: str) -> str:

@@ -41,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options, theirs) or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        if not error.said:
+            print(f"error: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -4,6 +4,7 @@ import csv
 import logging
 import os
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,6 +61,19 @@ def load_npz(path: Path, remedy: str, names: Iterable[str] | None = None) -> dic
         with found as archive:
             wanted = archive.files if names is None else [name for name in names if name in archive.files]
             return {name: _numbers(archive[name]) for name in wanted}
+
+
+def npz_shapes(path: Path, remedy: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of a .npz, from their headers alone; arguments and errors as `load_npz` has them."""
+    with reading(path, remedy), zipfile.ZipFile(_existing(path, remedy)) as archive:
+        return {name.removesuffix(".npy"): _shape(archive, name) for name in archive.namelist()}
+
+
+def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    with archive.open(name) as file:
+        major = np.lib.format.read_magic(file)[0]
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        return read(file)[0]
 
 
 def load_npy(path: Path, remedy: str) -> NDArray[Any]:

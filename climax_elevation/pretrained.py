@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from climax_elevation.bias.base import like_parameters
+from climax_elevation.checkpoints import check_weights, read_checkpoint
 from climax_elevation.data.names import CLIMAX_LEVELS_HPA
 from climax_elevation.errors import InputError
 
@@ -95,8 +96,8 @@ def load_pretrained(module: nn.Module, source: str, *, trusted: bool = False) ->
         trusted: Whether a checkpoint with more than tensors is unpickled, which may run whatever it holds.
 
     Raises:
-        InputError: If it is absent, is no checkpoint, has no weight that fits, or has weights of variables
-            that it does not name.
+        InputError: If it is absent, cut short or no checkpoint, has no weight that fits, one that is not finite, or
+            weights of variables that it does not name.
     """
     checkpoint = _read(source, trusted)
     saved = {key.replace("channel", "var"): value for key, value in checkpoint["state_dict"].items()}
@@ -112,6 +113,7 @@ def load_pretrained(module: nn.Module, source: str, *, trusted: bool = False) ->
     fitting |= placed
     if not fitting:
         raise InputError(f"no weight in {source} fits the model: its keys begin with {', '.join(list(saved)[:3])}")
+    check_weights(fitting, source)
     try:
         module.load_state_dict(fitting, strict=False)
     except RuntimeError as error:  # shapes fit: what is left is terrain that disagrees
@@ -305,35 +307,16 @@ def _position(
 # ---- the file --------------------------------------------------------------------------------------
 
 
-def _read(source: str, trusted: bool) -> dict[str, Any]:
-    if not source.startswith(("http://", "https://")) and not Path(source).is_file():
-        raise InputError(f"model.pretrained_path {source} does not exist")
+def _read(source: str, trusted: bool) -> Mapping[str, Any]:
+    if "://" not in source:
+        return read_checkpoint(source, weights_only=not trusted, what="model.pretrained_path")
     try:
-        checkpoint = _loaded(source, weights_only=True)
+        checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=not trusted)
     except URLError as error:
         raise InputError(f"model.pretrained_path {source} cannot be fetched ({error.reason})") from error
     except Exception as error:  # of other files torch reads what it can, and then raises anything
-        if not trusted:
-            said = next(iter(str(error).splitlines()), type(error).__name__)
-            raise InputError(
-                f"{source} is no checkpoint of tensors alone ({said}): save one that holds its state_dict and nothing "
-                "else"
-            ) from error
-        checkpoint = _loaded_whole(source)
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{source} is no checkpoint that can be read: {said}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise InputError(f"{source} is not a Lightning checkpoint: it has no state_dict")
     return checkpoint
-
-
-def _loaded(source: str, *, weights_only: bool) -> Any:
-    if source.startswith(("http://", "https://")):
-        return torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=weights_only)
-    return torch.load(source, map_location="cpu", weights_only=weights_only)
-
-
-def _loaded_whole(source: str) -> Any:
-    try:
-        return _loaded(source, weights_only=False)
-    except Exception as error:  # as above
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{source} is no checkpoint that can be read: {said}") from error

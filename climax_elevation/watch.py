@@ -52,7 +52,7 @@ def judge(function: Callable[..., None]) -> Judge:
     return _judges.setdefault(name, Judge(name, function))
 
 
-def judged(values: Tensor, numbers: Tensor, by: Judge, *context: str | bool) -> Tensor:
+def judged(values: Tensor, numbers: Tensor, by: Judge, *context: str | int) -> Tensor:
     """`values`, whose `numbers` are judged: `by.decide(numbers.tolist(), *context)`.
 
     Args:

@@ -515,7 +515,7 @@ def check_mistakes(run, tmp_path, capsys):
         ("nowhere",): "nowhere is not the folder of a run",
         (str(tmp_path / "empty"),): "has one config.yaml",
         (str(run), "--checkpoint", "none.ckpt"): "checkpoint none.ckpt does not exist",
-        (str(run), "--checkpoint", str(run / "config.yaml")): "is no checkpoint of tensors alone",
+        (str(run), "--checkpoint", str(run / "config.yaml")): "is no checkpoint, by its first bytes",
         (str(run), "--part", "train"): "unknown part 'train'",
         (str(run), "--data", str(tmp_path / "empty")): "empty",
     }

@@ -306,7 +306,7 @@ def test_useless_pretrained_files_are_said(tmp_path: Path) -> None:
         "none": "no state_dict",
         "absent": "does not exist",
         "object": "tensors alone",
-        "text": "tensors alone",
+        "text": "is no checkpoint, by its first bytes",
     }
     for name, message in messages.items():
         with pytest.raises(InputError, match=message):

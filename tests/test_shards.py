@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from climax_elevation import InputError
+from climax_elevation.data.shares import batches_a_process, split, stretch
 from climax_elevation.files import save_npy, save_npz
 from climax_elevation.host.shards import ForecastDataset, GlobalForecastDataModule, Normalize, Shard
 
@@ -104,22 +106,52 @@ def test_workers_read_every_pair_once(tmp_path: Path, workers: int) -> None:
     assert first != second
 
 
-@pytest.mark.parametrize("buffer_size", [0, 4])
-@pytest.mark.parametrize(("ranks", "workers"), [(2, 1), (3, 2), (5, 1), (5, 3)])
-def test_ranks_share_evenly(tmp_path: Path, ranks: int, workers: int, buffer_size: int) -> None:
-    """12 pairs: every rank has equally many in every worker, none is read twice, fewer than `ranks` are left."""
-    root = tiny_data.write(tmp_path)
-    dataset = _module(root).data_train
-    dataset.world_size, dataset.buffer_size = ranks, buffer_size
-    order = [dataset.shards[i] for i in (2, 0, 1)]
-    parts = []
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_stretches_hold_every_sample_once_in_equally_many_batches(batch_size: int, workers: int) -> None:
+    for processes in range(1, 17):
+        for total in range(processes, 2 * processes * batch_size + 2):
+            seen: list[int] = []
+            counts = set()
+            for process in range(processes):
+                batches = []
+                for worker in range(workers):
+                    start, stop, alone = stretch(total, batch_size, process, processes, worker, workers)
+                    stream = list(split(iter(range(start, stop)), alone))
+                    batches += [stream[n : n + batch_size] for n in range(0, len(stream), batch_size)]
+                seen += [sample for batch in batches for sample in batch if sample is not None]
+                counts.add(len(batches))
+                assert all(any(sample is not None for sample in batch) for batch in batches)
+            assert counts == {batches_a_process(total, batch_size, processes)}
+            assert sorted(seen) == list(range(total - (total % processes if batch_size == 1 else 0)))
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 1 to 21 pairs, 2 steps ahead; 21 pairs in each part."""
+    root = tmp_path_factory.mktemp("uneven")
+    return tiny_data.write(root, train=(7, 3, 11, 6, 4), val=(9, 5, 13), test=(23,))
+
+
+@pytest.mark.parametrize("part", ["train", "val", "test"])
+@pytest.mark.parametrize(
+    ("ranks", "batch_size", "workers"),
+    [*((ranks, 2 + ranks % 3, 0) for ranks in range(1, 17)), (5, 1, 0), (1, 3, 2), (3, 2, 2)],
+)
+def test_processes_read_every_pair_once_in_equally_many_batches(
+    uneven: Path, ranks: int, batch_size: int, workers: int, part: str
+) -> None:
+    read: Counter[int] = Counter()
+    counts = set()
     for rank in range(ranks):
-        dataset.rank = rank
-        parts.append([dataset._part(worker, workers) for worker in range(workers)])
-    assert len({tuple(stop - start for start, stop in part) for part in parts}) == 1
-    read = Counter(float(x[1, 0, 0]) for part in parts for span in part for x, *_ in dataset._read(order, *span))
+        module = _module(uneven, batch_size=batch_size, num_workers=workers)
+        module.trainer = SimpleNamespace(global_rank=rank, world_size=ranks)
+        batches = [_time_steps(module, x) for x, *_ in getattr(module, f"{part}_dataloader")()]
+        counts.add(len(batches))
+        read.update(step for batch in batches for step in batch)
+    assert len(counts) == 1
     assert set(read.values()) == {1}
-    assert len(read) == 12 - 12 % ranks
+    assert len(read) == (20 if (batch_size, part) == (1, "train") else 21)
 
 
 def test_what_is_left_over_changes(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import LightningModule
 
+from climax_elevation.checkpoints import check_weights, read_checkpoint
 from climax_elevation.checks import one_of
 from climax_elevation.diagnostics.interventions import PARTS, effects
 from climax_elevation.diagnostics.strength import assess
@@ -198,17 +199,12 @@ def load_weights(module: LightningModule, checkpoint: Path) -> None:
     """Give a module the weights of a checkpoint, which holds tensors alone.
 
     Raises:
-        InputError: If it is no such file, or of another model.
+        InputError: If it is no such file, or of another model, or has a weight that is not finite.
     """
+    saved = read_checkpoint(checkpoint)
+    check_weights(saved["state_dict"], f"checkpoint {checkpoint}")
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    except FileNotFoundError as error:
-        raise InputError(f"{checkpoint} is gone, as a run that goes on replaces them: repeat it") from error
-    except Exception as error:  # of half a file, or of another, torch reads what it can, and then raises anything
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"{checkpoint} is no checkpoint of tensors alone: {said}") from error
-    try:
-        module.load_state_dict(saved)
+        module.load_state_dict(saved["state_dict"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{checkpoint} does not fit the run's configuration: {reason}") from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from climax_elevation.block import timm_block
+from climax_elevation.checks import share
 from climax_elevation.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class StandInClimaX(nn.Module):
         bias_args: Arguments of `climax_elevation.attach`; read if use_physics_mask.
 
     Raises:
-        InputError: If sizes do not divide as stated, or a variable is named twice.
+        InputError: If sizes do not divide as stated, a variable is named twice, or drop_path or drop_rate is no share.
 
     Source: arXiv 2301.10343, section 3; names and details as in microsoft/ClimaX at 6d5d354.
     """
@@ -78,6 +79,8 @@ class StandInClimaX(nn.Module):
     ) -> None:
         super().__init__()
         _check_sizes(default_vars, img_size, patch_size, embed_dim, num_heads)
+        share("drop_path", drop_path)
+        share("drop_rate", drop_rate)
         self.default_vars = list(default_vars)
         self.img_size = list(img_size)
         self.patch_size = patch_size

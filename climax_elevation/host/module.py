@@ -15,6 +15,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from climax_elevation.checks import learning_rate, not_below_zero
 from climax_elevation.errors import InputError
 from climax_elevation.host.metrics import lat_weighted_acc, lat_weighted_mse, lat_weighted_mse_val, lat_weighted_rmse
 from climax_elevation.host.shards import Normalize
@@ -48,7 +49,8 @@ class GlobalForecastModule(LightningModule):
         eta_min: Lowest learning rate of the cosine.
 
     Raises:
-        InputError: If lr is not above 0, max_epochs not above warmup_epochs, or pretrained_path unusable.
+        InputError: If lr is not above 0, or weight_decay, warmup_start_lr or eta_min below 0, or one of them not
+            finite; if max_epochs is not above warmup_epochs; or if pretrained_path is unusable.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class GlobalForecastModule(LightningModule):
         eta_min: float = 1e-8,
     ) -> None:
         super().__init__()
-        if lr <= 0:
-            raise InputError(f"model.lr is above 0, not {lr}")
+        learning_rate("model.lr", lr)
+        not_below_zero("model.weight_decay", weight_decay)
+        not_below_zero("model.warmup_start_lr", warmup_start_lr)
+        not_below_zero("model.eta_min", eta_min)
         if not 0 <= warmup_epochs < max_epochs:
             raise InputError(
                 f"model.warmup_epochs is from 0 to model.max_epochs ({max_epochs}, both in steps), not {warmup_epochs}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,13 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from climax_elevation.data.format import PARTITIONS
+from climax_elevation.data.shares import Part, Share, batches_a_process, split, stretch
 from climax_elevation.errors import InputError
-from climax_elevation.files import PREPARE, check_degrees, check_finite, load_npy, load_npz, load_scalars, reading
+from climax_elevation.files import PREPARE, check_degrees, check_finite, load_npy, load_npz, load_scalars, npz_shapes
+from climax_elevation.host.loading import Loader, ResumableLoader, Stretch
 from climax_elevation.terrain.reader import HOURS_PER_LEAD_TIME
 
 logger = logging.getLogger(__name__)
 
 Sample = tuple[Tensor, Tensor, Tensor, list[str], list[str]]
+Drawn = TypeVar("Drawn")
 
 
 class Normalize:
@@ -63,12 +67,13 @@ class Shard:
     size: tuple[int, int]
 
 
-class ForecastDataset(IterableDataset[Sample]):
-    """Streams (now, later) pairs from shards, each reader its own part of them.
+class ForecastDataset(IterableDataset[Sample | None]):
+    """Streams (now, later) pairs from shards, each reader its own part of them; None, where a batch ends early.
 
-    The pairs of all shards are one sequence, which is cut into as many equal parts as there are ranks,
-    and each of those into as many as there are workers. All ranks get equally many pairs, so that none
-    waits for another: up to `world_size - 1` pairs are left over, when shuffling other ones each epoch.
+    The pairs of all shards are one sequence, of which every worker of every rank has its own part, as
+    `climax_elevation.data.shares` cuts it: each pair is read once an epoch, whatever the shards' lengths and the
+    number of ranks and workers, and all ranks have equally many batches, so that none waits for another. In training
+    with a batch size of 1 alone up to `world_size - 1` pairs are left over, other ones each epoch.
 
     Args:
         shards: The files; each has more steps than predict_range.
@@ -104,43 +109,59 @@ class ForecastDataset(IterableDataset[Sample]):
         self.buffer_size = buffer_size
         self.seed = seed
         self.epoch = 0
-        self.rank, self.world_size = 0, 1
+        self.rank, self.world_size, self.batch_size = 0, 1, 1
+        self.stretch = Stretch()
 
     def total(self) -> int:
         """Number of pairs in all shards."""
         return sum(shard.steps - self.predict_range for shard in self.shards)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[Sample | None]:
         worker = get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        start, stop = self._part(index, workers)
+        index, passed = self.stretch.of_worker(index, workers)
+        start, stop, alone = self._part(index, workers)
         if not self.buffer_size:
-            return self._read(self.shards, start, stop)
+            return islice(split(self._read(self.shards, start, stop), alone), passed, None)
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.shards))
-        own = np.random.default_rng([self.seed, self.epoch, self.rank * workers + index])
-        return _shuffled(self._read([self.shards[i] for i in order], start, stop), self.buffer_size, own)
 
-    def _part(self, worker: int, workers: int) -> tuple[int, int]:
-        """First pair and end of this reader's part."""
-        share = self.total() // self.world_size
-        first = self.rank * share
-        return first + worker * share // workers, first + (worker + 1) * share // workers
+        def drawn(pairs: Iterator[Drawn]) -> Iterator[Drawn | None]:
+            random = np.random.default_rng([self.seed, self.epoch, self.rank * workers + index])
+            return split(_shuffled(pairs, self.buffer_size, random), alone)
 
-    def _read(self, shards: Sequence[Shard], start: int, stop: int) -> Iterator[Sample]:
-        """Pairs number `start` to `stop` of the sequence of all."""
+        before = islice(drawn(iter(range(start, stop))), passed)
+        pairs = self._read([self.shards[i] for i in order], start, stop, frozenset(before))
+        return islice(drawn(pairs), passed, None)
+
+    def lengths(self, workers: int) -> list[int]:
+        """How much each worker of this rank hands out, with the None that end a batch; 0 workers read as 1."""
+        parts = (self._part(worker, max(1, workers)) for worker in range(max(1, workers)))
+        return [stop - start + alone for start, stop, alone in parts]
+
+    def _part(self, worker: int, workers: int) -> Part:
+        return stretch(self.total(), self.batch_size, self.rank, self.world_size, worker, workers)
+
+    def _read(
+        self, shards: Sequence[Shard], start: int, stop: int, without: frozenset[int | None] = frozenset()
+    ) -> Iterator[Any]:
+        """Pairs number `start` to `stop` of the sequence of all; None, and not read, for those `without`."""
         first = 0
         for shard in shards:
             pairs = shard.steps - self.predict_range
             begin, end = max(start - first, 0), min(stop - first, pairs)
             if begin < end:
-                yield from self._read_shard(shard, begin, end)
+                wanted = [first + number not in without for number in range(begin, end)]
+                yield from self._read_shard(shard, begin, wanted) if any(wanted) else repeat(None, end - begin)
             first += pairs
 
-    def _read_shard(self, shard: Shard, begin: int, end: int) -> Iterator[Sample]:
+    def _read_shard(self, shard: Shard, begin: int, wanted: list[bool]) -> Iterator[Sample | None]:
         names = dict.fromkeys([*self.variables, *self.out_variables])
         arrays = load_npz(shard.path, "prepare it again", names)
         fields = {name: torch.from_numpy(values.astype(np.float32, copy=False)) for name, values in arrays.items()}
-        for i in range(begin, end):
+        for i, is_wanted in enumerate(wanted, begin):
+            if not is_wanted:
+                yield None
+                continue
             x = torch.cat([fields[name][i] for name in self.variables])
             y = torch.cat([fields[name][i + self.predict_range] for name in self.out_variables])
             yield self.normalize(x), self.normalize_out(y), self.lead_time, self.variables, self.out_variables
@@ -152,7 +173,8 @@ class GlobalForecastDataModule(LightningDataModule):
     Batches are (x, y, lead_times, variables, out_variables): x `[B, V, H, W]` and y `[B, Vo, H, W]`
     standardised by the folder's statistics, lead_times `[B]` in hundreds of hours. Training pairs come in
     an order that depends on the seed (of `seed_everything`; 0 without) and on how many epochs were begun,
-    which a checkpoint keeps: a resumed run reads on as an uninterrupted one would. Any number of
+    which a checkpoint keeps, with the place in the epoch: a resumed run reads on as an uninterrupted one
+    would, if as many processes and workers read as before. Any number of
     workers and ranks reads every pair once, but for what `ForecastDataset` says.
 
     Args:
@@ -214,7 +236,11 @@ class GlobalForecastDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Training pairs, in another order each time it is iterated."""
-        return self._loader(self.data_train, _NewOrderEachTime)
+        return self._loader(self.data_train, partial(ResumableLoader, trained=self._trained if self.trainer else None))
+
+    def _trained(self) -> int:
+        """How many batches of this epoch the trainer is done with; it fetches them ahead."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[union-attr]
 
     def val_dataloader(self) -> DataLoader:
         """Validation pairs, shard after shard."""
@@ -223,6 +249,17 @@ class GlobalForecastDataModule(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         """Test pairs, shard after shard."""
         return self._loader(self.data_test)
+
+    def shares(self, processes: int) -> list[Share]:
+        """What each of so many processes is given of each part."""
+        found = []
+        for name, dataset in (("train", self.data_train), ("val", self.data_val), ("test", self.data_test)):
+            total = dataset.total()
+            batch_size = self._batch_size(dataset, processes)
+            left = total % processes if batch_size == 1 else 0
+            batches = batches_a_process(total, batch_size, processes)
+            found.append(Share(name, len(dataset.shards), total, left, (total - left) // processes, batches))
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: how many epochs of training were begun."""
@@ -271,40 +308,44 @@ class GlobalForecastDataModule(LightningDataModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         )
 
-    def _loader(self, dataset: ForecastDataset, kind: type[DataLoader] = DataLoader) -> DataLoader:
+    def _batch_size(self, dataset: ForecastDataset, processes: int) -> int:
+        wanted = self.hparams["batch_size"]
+        # of two one can be left, so that no pair of validation and test is left out
+        return 2 if wanted == 1 and dataset is not self.data_train and dataset.total() % processes else wanted
+
+    def _loader(self, dataset: ForecastDataset, kind: Callable[..., Loader] = Loader) -> Loader:
         if self.trainer is not None:
             dataset.rank, dataset.world_size = self.trainer.global_rank, self.trainer.world_size
         total, ranks = dataset.total(), dataset.world_size
         if total < ranks:
             raise InputError(f"{ranks} processes cannot share {total} pairs of fields in {self.root}: use fewer")
-        if total % ranks:
+        batch_size = self._batch_size(dataset, ranks)
+        if total % ranks and batch_size == 1:
             logger.info(
-                "%d of %d pairs are left out, so that %d processes have equally many", total % ranks, total, ranks
+                "%d of %d pairs are left out each epoch, so that %d processes have equally many batches of one",
+                total % ranks,
+                total,
+                ranks,
             )
+        dataset.batch_size = batch_size
         return kind(
             dataset,
-            batch_size=self.hparams["batch_size"],
+            batch_size=batch_size,
             num_workers=self.hparams["num_workers"],
             pin_memory=self.hparams["pin_memory"],
             collate_fn=_collate,
         )
 
 
-class _NewOrderEachTime(DataLoader):
-    def __iter__(self) -> Any:
-        # before the workers start, which take a copy of the data set along; epoch 1 is the first
-        self.dataset.epoch += 1  # type: ignore[attr-defined]
-        return super().__iter__()
-
-
-def _collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor, list[str], list[str]]:
+def _collate(given: Sequence[Sample | None]) -> tuple[Tensor, Tensor, Tensor, list[str], list[str]]:
+    samples = [sample for sample in given if sample is not None]
     x, y, lead_times = (torch.stack([sample[i] for sample in samples]) for i in range(3))  # type: ignore[misc]
     return x, y, lead_times, list(samples[0][3]), list(samples[0][4])
 
 
-def _shuffled(samples: Iterator[Sample], buffer_size: int, random: np.random.Generator) -> Iterator[Sample]:
+def _shuffled(samples: Iterator[Drawn], buffer_size: int, random: np.random.Generator) -> Iterator[Drawn]:
     """Draw each sample from the next `buffer_size` that are still to come."""
-    buffer: list[Sample] = []
+    buffer: list[Drawn] = []
     for sample in samples:
         if len(buffer) < buffer_size:
             buffer.append(sample)
@@ -332,20 +373,13 @@ def _find_shards(folder: Path, needed: Sequence[str], predict_range: int) -> lis
 
 def _inspect(path: Path, needed: Sequence[str]) -> Shard:
     """Read what a shard holds from its headers alone."""
-    with reading(path, "prepare it again"), zipfile.ZipFile(path) as archive:
-        _check_variables(path, [name.removesuffix(".npy") for name in archive.namelist()], needed)
-        shapes = {name: _shape(archive, name) for name in needed}
+    shapes = npz_shapes(path, "prepare it again")
+    _check_variables(path, list(shapes), needed)
+    shapes = {name: shapes[name] for name in needed}
     shape = shapes[needed[0]]
     if len(shape) != 4 or shape[1] != 1 or any(other != shape for other in shapes.values()):
         raise InputError(f"{path} has arrays [time, 1, height, width] of one size, not {shapes}")
     return Shard(path, shape[0], (shape[2], shape[3]))
-
-
-def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
-    with archive.open(f"{name}.npy") as file:
-        major = np.lib.format.read_magic(file)[0]
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        return read(file)[0]
 
 
 def _check_sizes(root: Path, shards: dict[str, list[Shard]], lat: NDArray[Any], lon: NDArray[Any]) -> None:

@@ -20,10 +20,16 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.utilities import rank_zero_only
 
+from climax_elevation.checkpoints import check_weights, read_checkpoint, write_whole
+from climax_elevation.crew import EndTogether
 from climax_elevation.errors import InputError
 from climax_elevation.files import check_folder
+from climax_elevation.health import StopNotFinite, check_statistics
 from climax_elevation.training import TerrainCallback, check_datamodule
+from climax_elevation.upstream.resuming import GoOn, best_checkpoint
+from climax_elevation.upstream.schedule import announce, check_shares, check_validation, count_shares
 from climax_elevation.upstream.settings import check_settings
 
 OWN, LIGHTNING = "climax_elevation", ("pytorch_lightning", "lightning_fabric")
@@ -84,11 +90,32 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         # as the series "today" gives it to upstream's scripts
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="checkpoint to go on from")
+        parser.add_argument("--allow_nan", type=bool, default=False, help="go on where a loss is not finite")
 
     def before_instantiate_classes(self) -> None:
+        self._allow_nan = self.config.allow_nan
+        if not self._allow_nan:
+            del self.config["allow_nan"]  # upstream's own scripts, which do not know it, take what is saved
         check_folder("trainer.default_root_dir", self.config.trainer.default_root_dir or ".")
 
+    def instantiate_classes(self) -> None:
+        pretrained = self.config.model.get("pretrained_path") or ""
+        try:
+            super().instantiate_classes()
+        except InputError:
+            raise
+        except Exception:  # whatever upstream's module raises for a file that is none
+            if pretrained and "://" not in pretrained:
+                read_checkpoint(pretrained, weights_only=False, what="model.pretrained_path")
+            raise
+        check_statistics(self.datamodule)
+        if not self._allow_nan:
+            check_weights(dict(self.model.named_parameters()), pretrained or "the model")
+
     def after_instantiate_classes(self) -> None:
+        write_whole(self.trainer.strategy)
+        ours = [EndTogether(), GoOn(), *([] if self._allow_nan else [StopNotFinite()])]
+        self.trainer.callbacks[:0] = ours  # type: ignore[attr-defined] # before those that save
         if self._resume is not None:
             self.config.ckpt_path = self._checkpoint("trainer.resume_from_checkpoint", self._resume)
         elif self.config.ckpt_path is not None:
@@ -97,6 +124,7 @@ class TrainingCLI(LightningCLI):
             # a script without that series does not hand it on
             self.trainer.fit = functools.partial(self.trainer.fit, ckpt_path=self.config.ckpt_path)  # type: ignore[method-assign]
         self._check_folders()
+        self._check_schedule()
         trainer: Any = self.trainer
         if any(isinstance(callback, TerrainCallback) for callback in trainer.callbacks):
             check_datamodule(self.model, self.datamodule)
@@ -104,6 +132,19 @@ class TrainingCLI(LightningCLI):
             # upstream's scripts test the best checkpoint, and this saves none
             self.trainer.test = _without_checkpoint(self.trainer.test)  # type: ignore[method-assign]
         self.trainer.test = _with_whole_names(self.trainer.test, self.trainer)  # type: ignore[method-assign]
+
+    def _check_schedule(self) -> None:
+        """Before anything starts, that every process has something to do, and what comes of it."""
+        trainer: Any = self.trainer
+        processes = trainer.num_nodes * trainer.num_devices
+        shares = count_shares(self.datamodule, processes)
+        if not shares:
+            return
+        hparams: Any = self.datamodule.hparams
+        check_shares(shares, processes, hparams["num_workers"])
+        check_validation(trainer, shares[0].batches)
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            announce(trainer, shares, processes, hparams["batch_size"])
 
     def _check_folders(self) -> None:
         """Before anything is written, that all can be."""
@@ -118,7 +159,9 @@ class TrainingCLI(LightningCLI):
         config = OmegaConf.create(self.parser.dump(self.config, skip_none=False))
         config.ckpt_path = written
         path = str(config.ckpt_path)
-        if "://" in path or path in KEYWORDS:
+        if path == "best":
+            return best_checkpoint(self.trainer)
+        if "://" in path or path in KEYWORDS or path.startswith("registry"):
             return path
         if not Path(path).exists():
             raise InputError(f"{key} {path} does not exist")

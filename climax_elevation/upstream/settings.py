@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from climax_elevation.checks import count, finite, positive, share, text, true_or_false
+from climax_elevation.checks import count, learning_rate, not_below_zero, positive, share, text, true_or_false
 from climax_elevation.errors import InputError
 
 HIGHEST_SEED = 2**32 - 1
@@ -71,11 +71,6 @@ def _or_none(rule: Rule) -> Rule:
     return lambda name, value: None if value is None else rule(name, value)
 
 
-def _not_negative(name: str, value: Any) -> None:
-    if finite(name, value) < 0:
-        raise InputError(f"{name} is a number of 0 or more, not {value!r}")
-
-
 def _names(name: str, value: Any) -> None:
     """A list of different names."""
     if isinstance(value, str) or not isinstance(value, list | tuple) or not value or len(set(value)) < len(value):
@@ -110,10 +105,13 @@ TRAINER: dict[str, Rule] = {
     "check_val_every_n_epoch": _or_none(count),
     "log_every_n_steps": _or_none(_whole(0)),
     "num_sanity_val_steps": _or_none(_whole(-1)),
-    "gradient_clip_val": _or_none(_not_negative),
+    "gradient_clip_val": _or_none(not_below_zero),
 }
 MODEL: dict[str, Rule] = {
-    "lr": lambda name, value: positive(name, value, "learning rate"),
+    "lr": learning_rate,
+    "weight_decay": not_below_zero,
+    "warmup_start_lr": not_below_zero,
+    "eta_min": not_below_zero,
     "beta_1": share,
     "beta_2": share,
     "pretrained_path": _file_or_none,
