@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from climax_elevation.errors import InputError
-from climax_elevation.files import check_folder
 from climax_elevation.train import MODULES
 from climax_elevation.upstream.patching import CHOICES
 
@@ -149,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Forecasts from states in SOURCE with a finished or running training, of either host. Statistics, "
         "variables, grid and lead time are the run's.",
     )
-    forecast.add_argument("folder", type=Path, metavar="RUN", help="folder of a run of train or compare")
+    forecast.add_argument("folder", type=_path, metavar="RUN", help="folder of a run of train or compare")
     forecast.add_argument("source", metavar="SOURCE", help="netCDF, GRIB or Zarr, as prepare takes it")
-    forecast.add_argument("out", type=Path, metavar="OUT.nc", help="file to write")
+    forecast.add_argument("out", type=_path, metavar="OUT.nc", help="file to write")
     forecast.add_argument(
         "--start",
         nargs="+",
@@ -170,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bias-scale", type=float, default=1.0, metavar="X", help="the bias times this; 0: without it (default: 1)"
     )
     forecast.add_argument(
-        "--picture", type=Path, metavar="PATH", help="draw the last forecast and what the bias changed, as PNG and PDF"
+        "--picture", type=_path, metavar="PATH", help="draw the last forecast and what the bias changed, as PNG and PDF"
     )
     forecast.add_argument("--variable", metavar="NAME", help="of the picture (default: the first that is forecast)")
     forecast.add_argument("--constants", metavar="FILE", help="a further file with orography and land-sea mask")
@@ -341,6 +340,8 @@ def _pairs(option: str, example: str, given: list[str] | None) -> dict[str, str]
 
 
 def _plot(options: argparse.Namespace, _: list[str]) -> None:
+    from climax_elevation.files import check_folder
+
     plots = _plots()
     out = options.out or Path(options.kind)
     if options.out is not None and out.is_dir():

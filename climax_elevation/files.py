@@ -206,13 +206,13 @@ def alone(folder: Path, taken: str) -> Iterator[None]:
     The lock is on the folder itself, so that nothing is left of it, whatever ends the run.
 
     Args:
-        folder: Where this run writes; one that it made, and left empty, goes again.
+        folder: Where this run writes; it and those above it that it made, and left empty, go again.
         taken: What to say where another run is there.
 
     Raises:
         InputError: If it cannot be made, or another run is there.
     """
-    fresh = not folder.exists()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -221,8 +221,9 @@ def alone(folder: Path, taken: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if fresh and not any(folder.iterdir()):
-                folder.rmdir()
+            for each in made:
+                if not any(each.iterdir()):
+                    each.rmdir()
 
 
 @contextmanager
