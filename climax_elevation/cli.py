@@ -335,7 +335,8 @@ def _pairs(option: str, example: str, given: list[str] | None) -> dict[str, str]
     pairs = dict(pair.partition("=")[::2] for pair in given or [])
     for name, value in pairs.items():
         if not value:
-            raise InputError(f"--{option} takes NAME=VALUE, such as {example}, not {name!r}")
+            kind = "UNIT" if option == "units" else "VALUE"
+            raise InputError(f"--{option} takes NAME={kind}, such as {example}, not {name!r}")
     return pairs
 
 
