@@ -19,7 +19,8 @@ def imported(program):
 
 @pytest.mark.parametrize("command", [[], ["prepare"], ["train"], ["forecast"], ["compare"]])
 def test_help_imports_nothing_heavy(command):
-    modules = imported(f"from climax_elevation.cli import main; main({[*command, "--help"]!r})")
+    arguments = [*command, "--help"]
+    modules = imported(f"from climax_elevation.cli import main; main({arguments!r})")
     assert not modules & set(HEAVY)
     assert len(modules) < 400
 
