@@ -190,15 +190,16 @@ class HandedIn:
     It is not copied with a model, nor saved.
 
     Args:
-        grid: Rows and columns of the patches that are the block's tokens.
+        grid: Rows and columns of the patches that are the block's tokens; None: tokens are places that are no grid.
         terrain_is_flat: Ground within 10 m of zero is meant, and is not a standardised channel.
     """
 
-    def __init__(self, grid: tuple[int, int], terrain_is_flat: bool) -> None:
+    def __init__(self, grid: tuple[int, int] | None, terrain_is_flat: bool) -> None:
         self.grid, self.terrain_is_flat = grid, terrain_is_flat
         self.bias_inputs: Tensors | None = None
+        self.tokens = 0
 
-    def __reduce__(self) -> tuple[type[HandedIn], tuple[tuple[int, int], bool]]:
+    def __reduce__(self) -> tuple[type[HandedIn], tuple[tuple[int, int] | None, bool]]:
         return HandedIn, (self.grid, self.terrain_is_flat)
 
     def inputs(self, tokens: int) -> Tensors:
@@ -208,13 +209,31 @@ class HandedIn:
                 "no terrain was handed in: call the model inside `with terrain_given(model, terrain):`, and its "
                 "backward too where activations are checkpointed"
             )
-        rows, columns = self.grid
-        if tokens != rows * columns:
+        if tokens != self.tokens and self.grid is None:
+            raise InputError(
+                f"a block got {tokens} tokens, and the terrain that was handed in has {self.tokens} places"
+            )
+        if tokens != self.tokens and self.grid is not None:
+            rows, columns = self.grid
             raise InputError(
                 f"a block got {tokens} tokens, and the grid of {rows} x {columns} has {rows * columns} patches: tokens "
                 "are all patches in row-major order and nothing else, no class token, register or dropped patch"
             )
         return self.bias_inputs
+
+    def check(self, terrain: Terrain) -> None:
+        """Raise InputError unless `terrain` is of the block's tokens."""
+        if terrain.points != (self.grid is None):
+            made, came = ("points", "a grid") if self.grid is None else ("a grid", "points (Terrain.of_points)")
+            raise InputError(
+                f"the model was made terrain-aware for tokens that are {made}, and the terrain is of {came}"
+            )
+        if self.grid is not None and (terrain.patch_ids is not None or tuple(terrain.grid) != self.grid):
+            part = "" if terrain.patch_ids is None else f"{len(terrain.patch_ids)} patches of "
+            raise InputError(
+                f"the model's patches are all those of a grid of {self.grid[0]} x {self.grid[1]}, and the terrain is "
+                f"of {part}{terrain.grid[0]} x {terrain.grid[1]}"
+            )
 
 
 class TerrainBlock(nn.Module):

@@ -47,7 +47,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Read a checkpoint; InputError where it is not a whole one."""
         if "://" in str(path):
-            return super().load_checkpoint(path, map_location, weights_only)
+            given = {} if weights_only is None else {"weights_only": weights_only}  # Lightning 2.5 does not take it
+            return super().load_checkpoint(path, map_location, **given)
         return read_checkpoint(path, map_location=map_location, weights_only=weights_only)
 
 

@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from climax_elevation.errors import InputError
-from climax_elevation.files import check_folder
 from climax_elevation.train import MODULES
 from climax_elevation.upstream.patching import CHOICES
 
@@ -120,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     patch.set_defaults(run=_patch)
 
     prepare = commands.add_parser("prepare", help="turn reanalysis files into ClimaX's training format")
-    prepare.add_argument("source", metavar="SOURCE", help="netCDF, GRIB or Zarr: a file, folder, pattern or URL")
+    prepare.add_argument(
+        "source", nargs="+", metavar="SOURCE", help="netCDF, GRIB or Zarr: files, a folder, a pattern or a URL"
+    )
     prepare.add_argument("out", type=_path, metavar="OUT", help="folder to write: new, or begun by the same command")
     prepare.add_argument("--val-from", metavar="DATE", help="first year or date of validation (default: 80 %% of time)")
     prepare.add_argument("--test-from", metavar="DATE", help="first year or date of test (default: 90 %% of time)")
@@ -132,6 +133,13 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--units", nargs="+", metavar="NAME=UNIT", help="units that the source lacks or has wrong")
     prepare.add_argument("--constants", metavar="FILE", help="a further file with orography and land-sea mask")
     prepare.add_argument("--regrid", metavar="DEGREES", help="to ClimaX's grid of 5.625, 2.8125 or 1.40625 degrees")
+    prepare.add_argument("--select", nargs="+", metavar="NAME=VALUE", help="of runs or members: step=6 number=0")
+    prepare.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth time step (default: 1)")
+    prepare.add_argument("--winds", choices=["grid", "earth"], help="along what winds go, where the source is silent")
+    prepare.add_argument("--orography", metavar="NAME", help="the source's name of the orography")
+    prepare.add_argument(
+        "--sea-level-where-missing", action="store_true", help="make the orography 0 m where it is missing"
+    )
     prepare.set_defaults(run=_prepare)
 
     forecast = commands.add_parser(
@@ -140,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Forecasts from states in SOURCE with a finished or running training, of either host. Statistics, "
         "variables, grid and lead time are the run's.",
     )
-    forecast.add_argument("folder", type=Path, metavar="RUN", help="folder of a run of train or compare")
+    forecast.add_argument("folder", type=_path, metavar="RUN", help="folder of a run of train or compare")
     forecast.add_argument("source", metavar="SOURCE", help="netCDF, GRIB or Zarr, as prepare takes it")
-    forecast.add_argument("out", type=Path, metavar="OUT.nc", help="file to write")
+    forecast.add_argument("out", type=_path, metavar="OUT.nc", help="file to write")
     forecast.add_argument(
         "--start",
         nargs="+",
@@ -161,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bias-scale", type=float, default=1.0, metavar="X", help="the bias times this; 0: without it (default: 1)"
     )
     forecast.add_argument(
-        "--picture", type=Path, metavar="PATH", help="draw the last forecast and what the bias changed, as PNG and PDF"
+        "--picture", type=_path, metavar="PATH", help="draw the last forecast and what the bias changed, as PNG and PDF"
     )
     forecast.add_argument("--variable", metavar="NAME", help="of the picture (default: the first that is forecast)")
     forecast.add_argument("--constants", metavar="FILE", help="a further file with orography and land-sea mask")
@@ -275,8 +283,9 @@ def _patch(options: argparse.Namespace, _: list[str]) -> int:
 def _prepare(options: argparse.Namespace, _: list[str]) -> None:
     from climax_elevation.data.prepare import prepare
 
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "units")}
-    prepared = prepare(**given, units=_units(options.units or []))
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "units", "select")}
+    units, select = _pairs("units", "orography=m", options.units), _pairs("select", "step=6", options.select)
+    prepared = prepare(**given, units=units, select=select)
     height, width = prepared.shape
     print(
         f"{prepared.out}: {height} x {width} pixels, {', '.join(prepared.variables)}; "
@@ -311,7 +320,7 @@ def _forecast(options: argparse.Namespace, _: list[str]) -> None:
         others=options.others,
         bias_scale=options.bias_scale,
         constants=options.constants,
-        units=_units(options.units or []),
+        units=_pairs("units", "orography=m", options.units),
         show=None if plots is None else options.variable or "",
     )
     print(done.path)
@@ -322,15 +331,17 @@ def _forecast(options: argparse.Namespace, _: list[str]) -> None:
             print(file)
 
 
-def _units(pairs: list[str]) -> dict[str, str]:
-    units = dict(pair.partition("=")[::2] for pair in pairs)
-    for name, unit in units.items():
-        if not unit:
-            raise InputError(f"--units takes NAME=UNIT, such as orography=m, not {name!r}")
-    return units
+def _pairs(option: str, example: str, given: list[str] | None) -> dict[str, str]:
+    pairs = dict(pair.partition("=")[::2] for pair in given or [])
+    for name, value in pairs.items():
+        if not value:
+            raise InputError(f"--{option} takes NAME=VALUE, such as {example}, not {name!r}")
+    return pairs
 
 
 def _plot(options: argparse.Namespace, _: list[str]) -> None:
+    from climax_elevation.files import check_folder
+
     plots = _plots()
     out = options.out or Path(options.kind)
     if options.out is not None and out.is_dir():

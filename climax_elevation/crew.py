@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # keys of the store that the processes met in
-FAILED, STOP, ENDING = (f"climax_elevation/{name}" for name in ("failed", "stop", "ending"))
+FAILED, STOP, ENDING, DONE = (f"climax_elevation/{name}" for name in ("failed", "stop", "ending", "done"))
 LOOK_EVERY_S = 0.5
 ENDS_WITHIN_S = 10.0
 STATUS = SickRun.status
@@ -30,79 +30,87 @@ STATUS = SickRun.status
 class EndTogether(Callback):
     """Ends all processes of a distributed run where one of them fails; does nothing in a run of one process.
 
-    The one that fails says so in the store that the processes met in, by its own thread and not by a collective
-    operation, in which the others may be waiting for it. A thread of each other process looks there twice a second.
+    The one that fails says so in the store that the processes met in, and not by a collective operation, in which the
+    others may be waiting for it. A thread of each process looks there twice a second.
     """
 
     def __init__(self) -> None:
-        self._ending = threading.Event()
+        self._ending: threading.Event | None = None  # a run that is spawned takes this along, and no lock
         self._watch: threading.Thread | None = None
         self._store: Store | None = None
+        self._stages = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size < 2 or not dist.is_initialized() or self._watch is not None:
             return
-        self._store = dist.distributed_c10d._get_default_store()
-        arguments = (self._store, trainer.global_rank, lambda: _close_loggers(trainer), self._ending)
+        self._store, self._ending = dist.distributed_c10d._get_default_store(), threading.Event()
+        arguments = (self._store, trainer, self._ending)
         self._watch = threading.Thread(target=_end_with_others, args=arguments, daemon=True, name="end-together")
         self._watch.start()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._store is None or not isinstance(exception, Exception):  # Ctrl-C and SIGTERM reach all of them
+        if not isinstance(exception, Exception):  # Ctrl-C and SIGTERM reach all of them
+            return
+        if self._store is None or self._ending is None:
             return
         store = self._store
         self._ending.set()
-        try:
-            first = store.add(FAILED, 1) == 1
-        except RuntimeError:  # the process that holds the store has ended
-            first = False
-        if not first:  # what came here follows from what another process has said
-            _acknowledge(store, trainer.global_rank)
+        if store.add(FAILED, 1) > 1:  # what came here follows from what another process has said
+            _acknowledge(store, trainer)
             raise SystemExit(STATUS)
         if isinstance(exception, InputError):
             print(f"error: {exception}", file=sys.stderr, flush=True)
             exception.said = True
         store.add(STOP, 1)
         _wait(lambda: store.add(ENDING, 0) >= trainer.world_size - 1)
+        _wait_for_parent(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._store is None or self._watch is None or self._ending is None:
+            return
+        store, self._stages = self._store, self._stages + 1
+        everyone = self._stages * trainer.world_size
         self._ending.set()
-        if self._watch is not None:
-            self._watch.join()
-        self._ending, self._watch = threading.Event(), None
+        self._watch.join()
+        self._watch = None
+        if store.add(DONE, 1) < everyone and trainer.global_rank == 0:
+            _wait(lambda: store.add(DONE, 0) >= everyone)  # it holds the store, and others may be looking there
 
 
-def _end_with_others(store: Store, rank: int, close: Callable[[], None], ending: threading.Event) -> None:
+def _end_with_others(store: Store, trainer: Trainer, ending: threading.Event) -> None:
     while not ending.wait(LOOK_EVERY_S):
         try:
             stopped = store.check([STOP])
-        except RuntimeError:  # the process that holds it has ended, perhaps as it should
+        except RuntimeError:  # the process that holds it was killed
             return
         if stopped and not ending.is_set():
-            close()
-            _acknowledge(store, rank)
+            _close_loggers(trainer)
+            _acknowledge(store, trainer)
             sys.stderr.flush()
             sys.stdout.flush()
-            os._exit(STATUS)  # its main thread may be waiting in a collective operation, for ever
+            os._exit(STATUS)  # the main thread may be waiting in a collective operation, for ever
 
 
-def _acknowledge(store: Store, rank: int) -> None:
-    """Say that this process ends, and let that of rank 0 end first: Lightning's kills it where another is gone."""
-    try:
-        store.add(ENDING, 1)
-        if rank:
-            _wait(lambda: store.add(ENDING, 0) < 0)
-    except RuntimeError:
-        pass
+def _acknowledge(store: Store, trainer: Trainer) -> None:
+    """Say that this process ends; the one that holds the store, of rank 0, is there until all have said so."""
+    store.add(ENDING, 1)
+    if trainer.global_rank == 0:
+        _wait(lambda: store.add(ENDING, 0) >= trainer.world_size - 1)
+        time.sleep(LOOK_EVERY_S)  # the one that failed looks there once more
+    _wait_for_parent(trainer)
+
+
+def _wait_for_parent(trainer: Trainer) -> None:
+    """Let the process end first that Lightning has started this one from: it is killed where this is gone."""
+    parent = os.getppid()
+    if trainer.local_rank:
+        _wait(lambda: os.getppid() != parent)
 
 
 def _wait(done: Callable[[], bool]) -> None:
     until = time.monotonic() + ENDS_WITHIN_S
-    try:
-        while time.monotonic() < until and not done():
-            time.sleep(LOOK_EVERY_S / 5)
-    except RuntimeError:  # the store has gone with its process
-        return
+    while time.monotonic() < until and not done():
+        time.sleep(LOOK_EVERY_S / 5)
 
 
 def _close_loggers(trainer: Trainer) -> None:

@@ -4,6 +4,7 @@ import csv
 import logging
 import os
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,6 +61,19 @@ def load_npz(path: Path, remedy: str, names: Iterable[str] | None = None) -> dic
         with found as archive:
             wanted = archive.files if names is None else [name for name in names if name in archive.files]
             return {name: _numbers(archive[name]) for name in wanted}
+
+
+def npz_shapes(path: Path, remedy: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays of a .npz, from their headers alone; arguments and errors as `load_npz` has them."""
+    with reading(path, remedy), zipfile.ZipFile(_existing(path, remedy)) as archive:
+        return {name.removesuffix(".npy"): _shape(archive, name) for name in archive.namelist()}
+
+
+def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    with archive.open(name) as file:
+        major = np.lib.format.read_magic(file)[0]
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        return read(file)[0]
 
 
 def load_npy(path: Path, remedy: str) -> NDArray[Any]:
@@ -192,13 +206,13 @@ def alone(folder: Path, taken: str) -> Iterator[None]:
     The lock is on the folder itself, so that nothing is left of it, whatever ends the run.
 
     Args:
-        folder: Where this run writes; one that it made, and left empty, goes again.
+        folder: Where this run writes; it and those above it that it made, and left empty, go again.
         taken: What to say where another run is there.
 
     Raises:
         InputError: If it cannot be made, or another run is there.
     """
-    fresh = not folder.exists()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -207,8 +221,9 @@ def alone(folder: Path, taken: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if fresh and not any(folder.iterdir()):
-                folder.rmdir()
+            for each in made:
+                if not any(each.iterdir()):
+                    each.rmdir()
 
 
 @contextmanager

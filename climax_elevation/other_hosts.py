@@ -20,6 +20,9 @@ from climax_elevation.terrain.reader import judged_terrain, no_channel
 
 logger = logging.getLogger(__name__)
 
+NO_GRID = (8, 8)
+"""What a bias for points is told of the grid: lengths that begin as shares of a grid begin as those of 64 patches."""
+
 
 def attach_blocks(
     model: nn.Module,
@@ -28,6 +31,7 @@ def attach_blocks(
     stack: str = "blocks",
     blocks: Sequence[int] | str = (0,),
     grid: tuple[int, int] | None = None,
+    points: bool = False,
     engine: str = "auto",
     terrain_is_flat: bool = False,
     bias_args: Mapping[str, Any] | None = None,
@@ -46,6 +50,7 @@ def attach_blocks(
         stack: Dotted path of the ModuleList or Sequential that holds the blocks.
         blocks: Indices in it, or "all".
         grid: Rows and columns of patches; None: `model.patch_embed.grid_size`, as timm's `PatchEmbed` has it.
+        points: Tokens are places that are no grid, as many as the terrain has that is handed in (`Terrain.of_points`).
         engine: As `biased_attention`.
         terrain_is_flat: All ground lies within 10 m of zero, and that is meant: it is no standardised channel.
         bias_args: The bias's own arguments, by name; for a sum, a dictionary for each part.
@@ -65,21 +70,22 @@ def attach_blocks(
         if isinstance(host, TerrainBlock):
             raise InputError(f"{stack}.{index} has a terrain bias already: detach it first, or choose other blocks")
         check_host_block(host)
-    rows, columns = _grid(model, grid)
-    biases = {index: built_bias(bias_type, host, (rows, columns), arguments) for index, host in hosts.items()}
+    if true_or_false("points", points) and grid is not None:
+        raise InputError("points are no grid: give grid, or points=True, not both")
+    place = None if points else _grid(model, grid)
+    biases = {index: built_bias(bias_type, host, place or NO_GRID, arguments) for index, host in hosts.items()}
 
     for index, bias in biases.items():
         block = terrain_block(hosts[index], bias, engine)
-        block.handed_in = HandedIn((rows, columns), terrain_is_flat)
+        block.handed_in = HandedIn(place, terrain_is_flat)
         holder[index] = block
     logger.info(
-        "terrain: bias %s in %s %s of %d, on a grid of %d x %d patches, elevation handed in",
+        "terrain: bias %s in %s %s of %d, %s, elevation handed in",
         bias_type,
         stack,
         ", ".join(map(str, chosen)),
         len(holder),
-        rows,
-        columns,
+        "at points" if place is None else f"on a grid of {place[0]} x {place[1]} patches",
     )
 
 
@@ -102,24 +108,19 @@ def terrain_given(model: nn.Module, terrain: Terrain) -> Iterator[None]:
     places = [block.handed_in for block in blocks if block.handed_in is not None]
     given = []
     for block, place in zip(blocks, places, strict=True):
-        if terrain.patch_ids is not None or tuple(terrain.grid) != place.grid:
-            part = "" if terrain.patch_ids is None else f"{len(terrain.patch_ids)} patches of "
-            raise InputError(
-                f"the model's patches are all those of a grid of {place.grid[0]} x {place.grid[1]}, and the terrain is "
-                f"of {part}{terrain.grid[0]} x {terrain.grid[1]}"
-            )
+        place.check(terrain)
         beside = no_channel(terrain.elevation_m)
         judged_terrain(terrain, beside, "the terrain that was handed in", "", "u and v", place.terrain_is_flat)
         block.attn.bias.prepare(terrain)  # at every call, since the ground may be another
         given.append(block.attn.bias.inputs(terrain))
-    before = [place.bias_inputs for place in places]
+    before = [(place.bias_inputs, place.tokens) for place in places]
     try:
-        for place, inputs in zip(places, given, strict=True):
-            place.bias_inputs = inputs
+        for place, own in zip(places, given, strict=True):
+            place.bias_inputs, place.tokens = own, terrain.elevation_m.shape[1]
         yield
     finally:
-        for place, earlier in zip(places, before, strict=True):
-            place.bias_inputs = earlier
+        for place, (inputs, tokens) in zip(places, before, strict=True):
+            place.bias_inputs, place.tokens = inputs, tokens
 
 
 def _stack(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:

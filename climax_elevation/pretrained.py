@@ -8,7 +8,6 @@ one quantity becomes that of another.
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 import yaml
@@ -312,7 +312,9 @@ def _read(source: str, trusted: bool) -> Mapping[str, Any]:
         return read_checkpoint(source, weights_only=not trusted, what="model.pretrained_path")
     try:
         checkpoint = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=not trusted)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ImportError, AttributeError) as error:
+    except URLError as error:
+        raise InputError(f"model.pretrained_path {source} cannot be fetched ({error.reason})") from error
+    except Exception as error:  # of other files torch reads what it can, and then raises anything
         said = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{source} is no checkpoint that can be read: {said}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:

@@ -17,8 +17,11 @@ EVERY_BIAS = {
     "ridge": ("ridge", {}),
     "ridge both ways": ("ridge", {"wind": False, "direction": "both"}),
     "ridge froude": ("ridge", {"form": "froude", "direction": "query_above"}),
+    "structure": ("structure", {}),
+    "structure without height": ("structure", {"vertical": False}),
     "topoflow": ("topoflow", {}),
     "sum": ("physics+relative_2d", {"physics": {"alpha_init": 2.0}}),
+    "sum with factors": ("advection+structure", {}),
     "sum of three": ("advection+ridge+relative_3d", {"relative_3d": {"hidden_dim": 8}}),
 }
 

@@ -511,7 +511,15 @@ def test_doctor_examines_a_run_of_train(root, tmp_path, request, monkeypatch, ca
 
 def check_mistakes(run, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    short, sick = tmp_path / "short.ckpt", tmp_path / "sick.ckpt"
+    whole = next(run.rglob("*.ckpt"))
+    short.write_bytes(whole.read_bytes()[:-100])
+    saved = torch.load(whole, weights_only=True)
+    saved["state_dict"]["net.norm.weight"][0] = torch.inf
+    torch.save(saved, sick)
     wrong = {
+        (str(run), "--checkpoint", str(short)): f"checkpoint {short} is cut short, after {short.stat().st_size} bytes",
+        (str(run), "--checkpoint", str(sick)): "has weights that are not finite, the first of them net.norm.weight",
         ("nowhere",): "nowhere is not the folder of a run",
         (str(tmp_path / "empty"),): "has one config.yaml",
         (str(run), "--checkpoint", "none.ckpt"): "checkpoint none.ckpt does not exist",

@@ -1,10 +1,18 @@
 """A run that was killed in the middle of an epoch goes on as if it had not been: the same batches, the same weights."""
 
+import resource
+
 import pytest
 import tiny_data
 import torch
-from test_launch import ON, forecasting, logged
+from test_launch import ON, forecasting, launched, logged
 
+from climax_elevation import InputError
+from climax_elevation.checkpoints import read_checkpoint
+from climax_elevation.errors import SickRun
+from climax_elevation.host import shards as host_shards
+from climax_elevation.host.loading import after
+from climax_elevation.host.shards import GlobalForecastDataModule
 from climax_elevation.train import train
 
 EPOCHS = 3
@@ -51,3 +59,121 @@ def test_from_any_step_of_an_epoch(no_climax, shards, tmp_path, workers):
         assert_same(run(shards, out, *options, f"--ckpt_path={checkpoint}"), whole)
         assert logged(out, "val/w_rmse") == logged(tmp_path / "whole", "val/w_rmse")[-len(logged(out, "val/w_rmse")) :]
         assert logged(out, "test/w_rmse") == logged(tmp_path / "whole", "test/w_rmse")
+
+
+def test_in_two_processes(no_climax, shards, tmp_path):
+    parallel = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=2", *kept(1)]
+
+    def of_two(name, *more):
+        arguments = forecasting(shards, tmp_path / name, epochs=2)
+        done = launched("global_forecast", "--", *arguments, ON, *parallel, *more)
+        assert done.returncode == 0, done.stderr
+        return state_of(tmp_path / name)
+
+    whole = of_two("whole")
+    checkpoint = next((tmp_path / "whole").rglob("at-step=3.ckpt"))
+    assert_same(of_two("resumed", f"--ckpt_path={checkpoint}"), whole)
+
+
+def ordered(root, workers, buffer_size=4, batch_size=2):
+    module = GlobalForecastDataModule(
+        str(root), tiny_data.VARIABLES, buffer_size, predict_range=2, batch_size=batch_size, num_workers=workers
+    )
+    return module.train_dataloader()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("workers", "batch_size"), [(0, 3), (2, 2), (3, 1)])
+def test_every_place_of_an_epoch(shards, workers, batch_size):
+    """Without a trainer a loader counts what it hands out."""
+    loader = ordered(shards, workers, batch_size=batch_size)
+    epochs = [[batch[0] for batch in loader] for _ in range(2)]
+    places = range(len(epochs[0]) + 1)
+    for passed in places if not workers else (0, 1, workers + 1, len(epochs[0]) - 1, len(epochs[0])):
+        stopped, resumed = (ordered(shards, workers, batch_size=batch_size) for _ in range(2))
+        batches = iter(stopped)
+        for _ in range(passed):
+            next(batches)
+        resumed.load_state_dict(stopped.state_dict())
+        for expected in (epochs[0][passed:], epochs[1]):
+            found = [batch[0] for batch in resumed]
+            assert len(found) == len(expected)
+            assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_workers_turns_by_hand():
+    """Workers of 5, 2 and 3 samples in batches of 2 make 3, 1 and 2: a b c a c a."""
+    turns = [after(batches, [5, 2, 3], 2) for batches in range(7)]
+    assert [turn.passed for turn in turns] == [
+        (0, 0, 0), (2, 0, 0), (2, 2, 0), (2, 2, 2), (4, 2, 2), (4, 2, 3), (5, 2, 3)
+    ]  # fmt: skip
+    assert turns[4].of_worker(0, 3) == (1, 2)  # the second has no more, and the third comes next
+    assert turns[4].of_worker(1, 3) == (2, 2)
+
+
+def test_another_number_of_readers_is_said(shards, caplog):
+    stopped, other = ordered(shards, 0), ordered(shards, 0, batch_size=1)
+    batches = iter(stopped)
+    next(batches), next(batches)
+    other.load_state_dict(stopped.state_dict())
+    assert "batch_size 2, and now 1" in caplog.text
+    assert len(list(other)) == 14 - 4
+
+
+def test_what_was_passed_is_not_read_again(shards, monkeypatch):
+    loader, resumed = ordered(shards, 0, buffer_size=1), ordered(shards, 0, buffer_size=1)
+    steps = list(loader)
+    resumed.load_state_dict(loader.state_dict() | {"batches": len(steps) - 1})
+    opened = []
+    load = host_shards.load_npz
+    monkeypatch.setattr(host_shards, "load_npz", lambda path, *more: opened.append(path) or load(path, *more))
+    (last,) = list(resumed)
+    assert torch.equal(last[0], steps[-1][0])
+    assert len(opened) == 1 < len(resumed.dataset.shards)
+
+
+def test_upstreams_reader_says_once_that_it_cannot(climax, shards, tmp_path, caplog):
+    pytest.importorskip("torchvision")
+    arguments = [*forecasting(shards, tmp_path / "whole"), *kept(4)]
+    train("global_forecast", climax, arguments)
+    checkpoint = next((tmp_path / "whole").rglob("at-step=4.ckpt"))
+    caplog.clear()
+    train("global_forecast", climax, [*forecasting(shards, tmp_path / "on"), f"--ckpt_path={checkpoint}"])
+    assert caplog.text.count("keeps no place in checkpoints") == 1
+    assert "its epoch 0 begins anew after 4 batches" in caplog.text
+
+
+def test_words_for_checkpoints(no_climax, shards, tmp_path):
+    """As Lightning has them: the last that ModelCheckpoint left in its folder, and the best that it knew of."""
+    folder = ["--trainer.callbacks.dirpath", str(tmp_path / "kept")]
+    whole = run(shards, tmp_path / "whole", epochs=2)
+    halves = ["--trainer.callbacks.save_last=true", *folder]
+    train("global_forecast", None, [*forecasting(shards, tmp_path / "a", epochs=1), ON, *halves])
+    train("global_forecast", None, [*forecasting(shards, tmp_path / "a", epochs=2), ON, *halves, "--ckpt_path=last"])
+    assert_same(read_checkpoint(tmp_path / "kept" / "last.ckpt"), whole)
+    best = next(path for path in (tmp_path / "kept").glob("epoch=*.ckpt"))
+    train("global_forecast", None, [*forecasting(shards, tmp_path / "b", epochs=3), ON, *halves, "--ckpt_path=best"])
+    assert best.exists()
+    with pytest.raises(InputError, match="ckpt_path best: there is no checkpoint in"):
+        run(shards, tmp_path / "new", "--ckpt_path=best")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(no_climax, shards, tmp_path):
+    out, folder = tmp_path / "out", ["--trainer.callbacks.dirpath", str(tmp_path / "kept")]
+    run_in = lambda *more, epochs: train(  # noqa: E731
+        "global_forecast", None, [*forecasting(shards, out, epochs=epochs), ON, *folder, *more]
+    )
+    run_in(epochs=1)
+    last = tmp_path / "kept" / "last.ckpt"
+    before, names = last.read_bytes(), sorted((tmp_path / "kept").iterdir())
+    was = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, was[1]))
+    try:
+        with pytest.raises(SickRun, match=r"\.ckpt cannot be written \(File too large\).*nothing of it is left"):
+            run_in("--ckpt_path=last", epochs=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, was)
+    assert last.read_bytes() == before
+    assert sorted((tmp_path / "kept").iterdir()) == names
+    run_in("--ckpt_path=last", epochs=2)
+    assert read_checkpoint(last)["global_step"] == 14

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from climax_elevation import InputError
+from climax_elevation.data.shares import batches_a_process, split, stretch
 from climax_elevation.files import save_npy, save_npz
-from climax_elevation.host.parts import batches_a_process, split, stretch
 from climax_elevation.host.shards import ForecastDataset, GlobalForecastDataModule, Normalize, Shard
 
 

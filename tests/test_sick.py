@@ -1,6 +1,7 @@
 """A run whose numbers are not finite ends with a sentence, and keeps its last good checkpoint; both hosts."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import tiny_data
 import torch
 from test_launch import ON, forecasting, launched
 
+from climax_elevation import watch
 from climax_elevation.checkpoints import not_finite, read_checkpoint
 from climax_elevation.errors import InputError, SickRun
+from climax_elevation.health import StopNotFinite
 from climax_elevation.host.module import GlobalForecastModule
 from climax_elevation.train import train
 from climax_elevation.upstream.settings import check_settings
@@ -68,15 +71,15 @@ def test_a_value_in_one_shard(host, tmp_path, shard, variable, value, on):
 
 
 def test_a_run_that_explodes_keeps_its_last_good_checkpoint(host, tmp_path):
-    """A learning rate that is finite, and too large for any weight: the loss is finite until it is not."""
+    """A learning rate that is finite, and in its second step too large for any weight."""
     root, out = tiny_data.write(tmp_path / "shards"), tmp_path / "out"
-    run(host, root, out)
-    assert next(out.rglob("last.ckpt"), None) is not None
-    more = ["--model.lr=1e30", "--model.warmup_epochs=0", "--trainer.callbacks.every_n_train_steps=1"]
-    with pytest.raises(SickRun, match=r"step \d+.*lower model.lr") as error:
+    keep = ["pytorch_lightning.callbacks.ModelCheckpoint", *("--trainer.callbacks.every_n_train_steps=1",)]
+    more = ["--model.lr=1e30", "--model.warmup_epochs=3", f"--trainer.callbacks+={keep[0]}", keep[1]]
+    with pytest.raises(SickRun, match=r"(loss is|weights have).* step \d+.*lower model.lr") as error:
         run(host, root, out, *more, epochs=3)
-    print(error.value)
-    for path in out.rglob("*.ckpt"):
+    kept = list(out.rglob("*.ckpt"))
+    assert any(f"the last checkpoint is {path}" in str(error.value) for path in kept)
+    for path in kept:
         assert not_finite(read_checkpoint(path)["state_dict"].items()) is None, path
 
 
@@ -172,6 +175,59 @@ def test_pretrained_weights(host, tmp_path):
                 run(host, root, tmp_path / "again", given, epochs=2)
             assert f"{name}.ckpt" in str(error.value)
             assert "\n" not in str(error.value)
+
+
+def test_nothing_waits_for_a_device(monkeypatch):
+    """What is judged is sent, and not looked at, until it has arrived."""
+    sent, arrived = [], []
+    monkeypatch.setattr(watch, "_on_host", lambda numbers: False)
+    monkeypatch.setattr(
+        watch, "_sent", lambda numbers: (sent.append(numbers) or numbers.clone(), lambda: bool(arrived))
+    )
+    looked = lambda *_: pytest.fail("a number was looked at")  # noqa: E731
+    trainer = SimpleNamespace(
+        global_step=5, current_epoch=1, fit_loop=SimpleNamespace(batch_idx=2), checkpoint_callbacks=[]
+    )
+    trainer.datamodule, trainer.lightning_module = None, torch.nn.Linear(1, 1)
+    callback = StopNotFinite()
+    callback.setup(trainer, trainer.lightning_module, "fit")
+    x, y = torch.ones(2, 4, 8, 16), torch.ones(2, 2, 8, 16)
+    y[1, 1, 3, 4] = math.inf
+    with monkeypatch.context() as looking:
+        for name in ("item", "tolist", "__bool__", "__float__", "numpy", "cpu"):
+            looking.setattr(torch.Tensor, name, looked)
+        batch = (x, y, torch.ones(2), tiny_data.VARIABLES, tiny_data.TARGETS)
+        callback.on_train_batch_start(trainer, trainer.lightning_module, batch, 2)
+        callback.on_before_backward(trainer, trainer.lightning_module, torch.tensor(math.inf))
+    assert [len(numbers) for numbers in sent] == [6, 1]
+    arrived.append(True)
+    with pytest.raises(SickRun, match=r"'10m_u_component_of_wind' of the data has .* in step 5 \(epoch 1, batch 2\)"):
+        callback.on_train_batch_start(trainer, trainer.lightning_module, (x, x, None, [*"abcd"], [*"abcd"]), 3)
+
+
+def test_no_checkpoint_is_written_before_all_has_been_judged(no_climax, tmp_path, monkeypatch):
+    """As on a device where nothing arrives unless it is waited for."""
+    monkeypatch.setattr(watch, "_on_host", lambda numbers: False)
+    monkeypatch.setattr(watch, "_sent", lambda numbers: (numbers.clone(), lambda: False))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    root, out = tiny_data.write(tmp_path / "shards"), tmp_path / "out"
+    spoil(root / "train/1.npz", "2m_temperature", np.nan)
+    keep = "pytorch_lightning.callbacks.ModelCheckpoint"
+    with pytest.raises(SickRun, match="'2m_temperature' of"):
+        run(None, root, out, f"--trainer.callbacks+={keep}", "--trainer.callbacks.every_n_train_steps=1")
+    for path in out.rglob("*.ckpt"):
+        assert not_finite(read_checkpoint(path)["state_dict"].items()) is None, path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_damaged_is_a_sentence_from_a_worker_too(no_climax, tmp_path, workers):
+    root = tiny_data.write(tmp_path / "shards")
+    path = root / "train" / "1.npz"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"^[^\n]*1.npz is damaged \(Bad CRC-32[^\n]*$"):
+        run(None, root, tmp_path / "out", f"--data.num_workers={workers}")
 
 
 def test_the_command_line_ends_with_status_1(no_climax, tmp_path):

@@ -9,6 +9,7 @@ from climax_elevation.bias.physics import PhysicsBias
 from climax_elevation.bias.relative_2d import RelativePositionBias2D
 from climax_elevation.bias.relative_3d import RelativePositionBias3D, compute_patch_coords_3d
 from climax_elevation.bias.ridge import RidgeBias
+from climax_elevation.bias.structure import StructureBias
 from climax_elevation.bias.topoflow import TopoFlowBias
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RelativePositionBias2D",
     "RelativePositionBias3D",
     "RidgeBias",
+    "StructureBias",
     "SumBias",
     "TopoFlowBias",
     "build_bias",

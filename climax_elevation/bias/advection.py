@@ -9,23 +9,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from climax_elevation.bias.base import ElevationBias, Tensors
+from climax_elevation.bias.base import Tensors
+from climax_elevation.bias.patch_lengths import PatchLengths
 from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import positive
 from climax_elevation.errors import InputError
-from climax_elevation.terrain.sphere import EARTH_RADIUS_M, checked_latitudes, east_and_north, unit_vectors
-from climax_elevation.transforms import readable
+from climax_elevation.terrain.places import positions
+from climax_elevation.terrain.sphere import EARTH_RADIUS_M, east_and_north
 from climax_elevation.watch import judge, judged
 
 if TYPE_CHECKING:
     from climax_elevation.terrain.fields import Terrain
 
 SECONDS_AN_HOUR = 3600.0
-QUARTER = 0.25  # of the grid's longer side: the widest kernel at the start
 
 
 @register_bias("advection")
-class AdvectionBias(ElevationBias):
+class AdvectionBias(PatchLengths):
     """A kernel around the place that the air over the query has left.
 
         b[h, i, j] = kappa_h (X_j . D[h, i] - 1) = -kappa_h |X_j - D[h, i]|^2 / 2
@@ -55,45 +55,38 @@ class AdvectionBias(ElevationBias):
             within the lead time, as a monthly mean seems to: then it says nothing about where the air was.
     """
 
+    who = "the advection bias"
+
     def __init__(self, num_heads: int, grid: tuple[int, int], *, width_scale: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(grid)
         widths = max(1, math.isqrt(num_heads))
         fractions = -(-num_heads // widths)
         head = torch.arange(num_heads)
-        widest = max(2.0, QUARTER * max(grid))
         # one head alone looks all the way back, with a kernel of middle width
         share = (head % widths) / (widths - 1) if widths > 1 else torch.full((num_heads,), 0.5)
         back = (head // widths) / (fractions - 1) if fractions > 1 else torch.ones(num_heads)
-        width = positive("width_scale", width_scale, "widths") * widest**share
+        width = positive("width_scale", width_scale, "widths") * self.greatest**share
         self.log_kappa = nn.Parameter(-2 * width.log())
         self.fraction = nn.Parameter(back.float())
-        self.patch_rad: Tensor
-        self.register_buffer("patch_rad", torch.tensor(math.nan))
         self.needs = frozenset({"u", "v", "lead_hours"})
-        self._knows_its_grid = False  # looked for once: on a GPU a look at `patch_rad` waits
 
     def prepare(self, terrain: Terrain, cache_dir: Path | None = None) -> None:
         """Take the angle between patches, unless a checkpoint brought that of its own grid."""
-        terrain.require(self.needs | _place(terrain), "the advection bias")
-        if bool(self.patch_rad.isnan()):
-            self.patch_rad.fill_(_patch_angle(terrain))
-        self._knows_its_grid = True
+        terrain.require_grid(self.who)
+        super().prepare(terrain, cache_dir)
 
     def inputs(self, terrain: Terrain) -> Tensors:
         """X and the travel w t / R of each patch, in Earth radii: `[1, L, 3]` and `[B, L, 3]`; 2 on a plane."""
-        terrain.require(self.needs | _place(terrain), "the advection bias")
-        if not self._knows_its_grid and readable(self.patch_rad):
-            self.prepare(terrain)
+        terrain.require_grid(self.who)
+        self.ready_for(terrain)
         wind = torch.stack([terrain.u, terrain.v], dim=-1).double()  # type: ignore[list-item]
         radii_per_m_s = terrain.lead_hours.double() * (SECONDS_AN_HOUR / EARTH_RADIUS_M)  # type: ignore[union-attr]
         travel = wind * radii_per_m_s[:, None, None]
         travel = judged(travel, travel.norm(dim=-1).max()[None], _check_travel)
         if terrain.spacing_m is not None:
-            places = torch.stack([terrain.columns, terrain.rows], dim=-1).double()
-            return places[None] * (terrain.spacing_m / EARTH_RADIUS_M), travel
-        lat, lon = checked_latitudes(terrain.lat.double(), terrain.lat), terrain.lon.double()  # type: ignore[union-attr, arg-type]
-        east, north = east_and_north(lat, lon)
-        return unit_vectors(lat, lon)[None], travel[..., :1] * east + travel[..., 1:] * north
+            return positions(terrain), travel
+        east, north = east_and_north(terrain.lat.double(), terrain.lon.double())  # type: ignore[union-attr]
+        return positions(terrain), travel[..., :1] * east + travel[..., 1:] * north
 
     def features(self, position: Tensor, travel: Tensor) -> Tensors:
         """Per token the pull f, the row's constant, and the place g: b[h, i, j] = f[i, h] . g[j] + constant[i, h].
@@ -110,8 +103,7 @@ class AdvectionBias(ElevationBias):
                 "position and travel are [batch or 1, tokens, 3], or 2 on a plane, not "
                 f"{list(position.shape)} and {list(travel.shape)}"
             )
-        if not self._knows_its_grid and readable(self.patch_rad) and bool(self.patch_rad.isnan()):
-            raise InputError("the advection bias does not know its grid yet: call prepare(terrain) first")
+        self.check_ready()
         # in float64 and from the tokens' centre, lest float32 round away what tells neighbours apart
         position, travel = position.double(), travel.double()
         kappa = self.log_kappa.double().exp() / self.patch_rad.double() ** 2
@@ -145,20 +137,6 @@ def _on_a_plane(position: Tensor, back: Tensor, kappa: Tensor) -> tuple[Tensor, 
     pull = torch.cat([kappa * departure, -kappa.expand(*departure.shape[:-1], 1)], dim=-1)
     constant = -kappa[:, 0] * departure.square().sum(-1) / 2
     return pull, constant, torch.cat([place, place.square().sum(-1, keepdim=True) / 2], dim=-1)
-
-
-def _place(terrain: Terrain) -> frozenset[str]:
-    return frozenset({"lat", "lon"}) if terrain.spacing_m is None else frozenset()
-
-
-def _patch_angle(terrain: Terrain) -> float:
-    """Angle between the centres of neighbouring patches, radians: the median along the meridian."""
-    if terrain.spacing_m is not None:
-        return terrain.spacing_m / EARTH_RADIUS_M
-    terrain.require_whole("the advection bias")
-    centres = unit_vectors(terrain.lat.double(), terrain.lon.double()).unflatten(0, terrain.grid)  # type: ignore[union-attr]
-    chords = centres.diff(dim=0 if terrain.grid[0] > 1 else 1).norm(dim=-1)
-    return 2 * float(torch.asin(chords.median() / 2))
 
 
 @judge

@@ -81,10 +81,11 @@ class SumBias(ElevationBias):
         known = [pair for pair in pairs if pair is not None]
         if len(known) < len(pairs):
             return None
-        return _side_by_side([f for f, _ in known]), _side_by_side([g for _, g in known])
+        return side_by_side([f for f, _ in known]), side_by_side([g for _, g in known])
 
 
-def _side_by_side(factors: list[Tensor]) -> Tensor:
+def side_by_side(factors: list[Tensor]) -> Tensor:
+    """Factors `[B or 1, heads or 1, L, r]` of a sum's parts, as those of the sum."""
     leading = torch.broadcast_shapes(*(factor.shape[:3] for factor in factors))
     return torch.cat([factor.expand(*leading, -1) for factor in factors], dim=-1)
 

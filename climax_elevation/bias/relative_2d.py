@@ -52,6 +52,7 @@ class RelativePositionBias2D(ElevationBias):
         nn.init.trunc_normal_(self.bias_table, std=TABLE_STD)
 
     def inputs(self, terrain: Terrain) -> Tensors:
+        terrain.require_grid("the relative_2d bias")
         rows, columns = terrain.grid
         x = terrain.columns * self.max_distance // columns
         y = terrain.rows * self.max_distance // rows

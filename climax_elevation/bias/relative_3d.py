@@ -88,6 +88,7 @@ class RelativePositionBias3D(ElevationBias):
 
     def inputs(self, terrain: Terrain) -> Tensors:
         if self.coords == "normalized":
+            terrain.require_grid("the relative_3d bias in normalized coordinates")
             return (_grid_coords(terrain.elevation_m, terrain.grid, terrain.ids),)
         terrain.require(self.needs, "the relative_3d bias in physical coordinates")
         places = torch.stack([terrain.lon, terrain.lat], dim=-1)  # type: ignore[list-item]

@@ -95,6 +95,7 @@ class RidgeBias(ElevationBias):
         self._paths = path_excess(terrain, cache_dir)
 
     def inputs(self, terrain: Terrain) -> Tensors:
+        terrain.require_grid("the ridge bias")
         terrain.require(self.needs, "the ridge bias")
         if self._paths is None:
             self.prepare(terrain)

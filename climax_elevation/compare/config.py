@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from climax_elevation.checks import one_of
+from climax_elevation.checks import one_of, text
 from climax_elevation.compare.scores import METRICS
 from climax_elevation.compare.significance import StatisticsSettings
 from climax_elevation.compare.strata import StrataSettings
@@ -145,7 +145,7 @@ def read_configuration(
     names = [variant.name for variant in chosen]
     pairs = _pairs(given.get("pairs"), [variant.name for variant in all_variants])
     return Configuration(
-        out=Path(out or given.get("out") or Path("compare") / Path(path).stem),
+        out=Path(out) if out is not None else _out(given.get("out"), Path("compare") / Path(path).stem),
         data=_data(given["data"]),
         variants=tuple(chosen),
         pairs=tuple(pair for pair in pairs if set(pair) <= set(names)),
@@ -218,6 +218,10 @@ def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any] | set[str], w
         raise InputError(f"unknown key {unknown[0]!r} in {where}; valid: {', '.join(sorted(known))}")
 
 
+def _out(given: Any, otherwise: Path) -> Path:
+    return otherwise if given is None else Path(text("out", given))
+
+
 def _data(given: Any) -> TracerData | DataSettings:
     given = _mapping(given, "data")
     if "tracer" in given:
@@ -227,6 +231,10 @@ def _data(given: Any) -> TracerData | DataSettings:
         if not given.get(name):
             raise InputError(f"data has either a tracer, or root_dir, variables and out_variables: it lacks {name}")
     settings = fill(DataSettings, given, "data")
+    for name in ("variables", "out_variables"):
+        names = getattr(settings, name)
+        if len(set(names)) < len(names):
+            raise InputError(f"data.{name} names each variable once, not {list(names)}")
     unknown = [name for name in settings.out_variables if name not in settings.variables]
     if unknown:
         raise InputError(
@@ -263,7 +271,7 @@ def _variants(given: Any, baseline: Any) -> list[Variant]:
     given = _mapping(given, "variants")
     if baseline is None:
         baseline = next(iter(given))
-    if baseline not in given:
+    if not isinstance(baseline, str) or baseline not in given:
         raise InputError(f"baseline {baseline!r} is not among the variants, which are {', '.join(given)}")
     variants = [_variant(name, value) for name, value in given.items()]
     return sorted(variants, key=lambda variant: variant.name != baseline)

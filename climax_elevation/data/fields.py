@@ -9,11 +9,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from climax_elevation.data.field import ANYTHING, BadDataError, Field, unit_of
 from climax_elevation.data.grid import Grid
+from climax_elevation.data.levels import NOT_PRESSURE, levels_hpa, suffix, told
 from climax_elevation.data.names import (
     CLIMAX_LEVELS_HPA,
-    HIGHEST_GROUND_M,
-    LAND_SEA_MASK,
     LATITUDE_NAMES,
     OROGRAPHY,
     VARIABLES,
@@ -21,79 +21,14 @@ from climax_elevation.data.names import (
     conversion,
     find_variable,
 )
+from climax_elevation.data.static import find_static, is_static
 from climax_elevation.errors import InputError
-from climax_elevation.terrain.units import Linear
+
+__all__ = ["BadDataError", "Field", "Fields", "find_fields"]
 
 logger = logging.getLogger(__name__)
 
-_ANYTHING = (-np.inf, np.inf)
-_BLOCK_BYTES = 2**26
-
-
-class BadDataError(InputError):
-    """The source's values, not its description, are wrong."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """One channel: where its values are, and how to make ClimaX's of them.
-
-    Attributes:
-        name: ClimaX's name, with the level where there is one.
-        called: The source's name.
-        array: The source's values, lazy, `[time, rows, columns]` or `[rows, columns]` in any order.
-        linear: Factor and offset to ClimaX's unit.
-        valid: Smallest and largest value that can be true.
-    """
-
-    name: str
-    called: str
-    array: xr.DataArray
-    linear: Linear
-    valid: tuple[float, float]
-
-    def read(self, grid: Grid, start: int = 0, stop: int = 1) -> NDArray[np.float32]:
-        """Steps `start` to `stop` on ClimaX's grid, in ClimaX's unit, `[N, H, W]` float32."""
-        array = self.array if "time" in self.array.dims else self.array.expand_dims("time")
-        array = array.transpose("time", *grid.dims)
-        values = np.empty((stop - start, *grid.shape), dtype=np.float32)
-        # Regridding keeps several copies of the finer source grid, so it goes in small blocks.
-        block = max(1, _BLOCK_BYTES // (8 * array[0].size)) if grid.regridded else stop - start
-        for first in range(start, stop, block):
-            last = min(first + block, stop)
-            values[first - start : last - start] = grid.place(self._in_unit(array[first:last].to_numpy()))
-        return values
-
-    def _in_unit(self, values: NDArray[np.floating]) -> NDArray[np.floating]:
-        factor, offset = self.linear
-        return values if self.linear == (1.0, 0.0) else values.astype(np.float64) * factor + offset
-
-    def check(self, values: NDArray[np.float32], stamps: Sequence[str]) -> None:
-        """Refuse gaps and values that cannot be true, `[N, H, W]`.
-
-        Raises:
-            BadDataError: Naming the first time at which it happens.
-        """
-        low, high = self.valid
-        # Written so that NaN fails too.
-        good = (values >= low) & (values <= high) & np.isfinite(values)
-        if good.all():
-            return
-        step, row, column = (int(index[0]) for index in np.nonzero(~good))
-        when = f" at {stamps[step]}" if stamps else ""
-        value = float(values[step, row, column])
-        if not np.isfinite(value):
-            count = int((~np.isfinite(values)).sum())
-            first = when and f", the first{when}"
-            raise BadDataError(
-                f"{self.name} ({self.called!r} in the source) has {count} missing values{first}, "
-                "ClimaX takes none: fill them, or leave the variable out with the option variables"
-            )
-        raise BadDataError(
-            f"{self.name} ({self.called!r} in the source) is {value:g}{when}, outside {low:g} to {high:g} in "
-            "ClimaX's unit: its unit is misstated or mixed, or it is not this variable; mend the source or "
-            "state the unit with the option units"
-        )
+_COORDINATES = ("lat", "lon", "latitude", "longitude")
 
 
 @dataclass(frozen=True)
@@ -117,6 +52,8 @@ def find_fields(
     variables: Sequence[str] | None,
     levels: Sequence[int] | None,
     units: Mapping[str, str],
+    orography: str | None = None,
+    sea_level_where_missing: bool = False,
 ) -> Fields:
     """Choose what is written.
 
@@ -128,6 +65,8 @@ def find_fields(
             A name that ClimaX does not know is taken as it is, without a check of its unit.
         levels: Pressure levels in hPa, all of which must be there. None: those of ClimaX's that are.
         units: Units by the source's or ClimaX's name, where the source states none or a wrong one.
+        orography: The source's name of the orography; None: the first that is known.
+        sea_level_where_missing: Whether the orography is 0 m where it is missing.
 
     Returns:
         The fields; orography and latitude are always among the constants.
@@ -137,12 +76,19 @@ def find_fields(
     """
     chosen: dict[str, Field] = {}
     left_out: list[str] = []
+    elsewhere: list[str] = []
     wanted = _Wanted(variables)
     for key, array in dataset.data_vars.items():
         called = str(key)
-        found = _channels(called, array, wanted, levels, units)
-        if not found and not _is_static(called, array):
-            left_out.append(called)
+        other = _not_pressure(called, array, grid)
+        if other is not None:
+            found = _off_pressure(called, array, other, wanted, units)
+            if not found:
+                elsewhere.append(f"{called} on {told(other)}")
+        else:
+            found = _channels(called, array, wanted, levels, units)
+            if not found and not is_static(called, array) and called != orography:
+                left_out.append(called)
         for field in found:
             if field.name in chosen:
                 raise InputError(
@@ -150,10 +96,17 @@ def find_fields(
                     "say which with the option variables"
                 )
             chosen[field.name] = field
+    no_pressure = f", and no pressure levels are {'; '.join(elsewhere)}" if elsewhere else ""
     if not chosen:
         raise InputError(
             f"none of {', '.join(map(str, dataset.data_vars)) or 'its variables'} is a variable that changes in "
-            "time and that ClimaX knows: name what you want with the option variables"
+            f"time and that ClimaX knows{no_pressure}: name what you want with the option variables"
+        )
+    if elsewhere:
+        logger.warning(
+            "left out, not on pressure levels, which is what ClimaX's are: %s; interpolate to pressure, or take it "
+            "under a name of its own with the option variables",
+            "; ".join(elsewhere),
         )
     if left_out:
         logger.info("left out, not among ClimaX's variables or not wanted: %s", ", ".join(left_out))
@@ -161,8 +114,10 @@ def find_fields(
         _check_dims(field, grid)
     if levels is not None and not any(name.endswith(f"_{level}") for name in chosen for level in levels):
         raise InputError(f"the source has nothing on pressure levels: leave out the option levels {list(levels)}")
-    unchanging = _constants(dataset, constants, grid, wanted, units)
-    wanted.check(dataset)
+    unchanging = find_static(
+        dataset, constants, grid, wanted, units, orography=orography, sea_level_where_missing=sea_level_where_missing
+    )
+    wanted.check(dataset, orography)
     _check_units_used(units, dataset, constants)
     return Fields(tuple(chosen.values()), unchanging)
 
@@ -184,8 +139,12 @@ class _Wanted:
     def by_name(self) -> bool:
         return self._names is not None
 
-    def check(self, dataset: xr.Dataset) -> None:
-        always = {OROGRAPHY.name, *OROGRAPHY.aliases, *LATITUDE_NAMES}
+    def on_levels(self, base: str) -> list[str]:
+        """Names that mean `base`, or one level of it."""
+        return [name for name in sorted(self._names or ()) if re.sub(r"_\d+$", "", name) == base]
+
+    def check(self, dataset: xr.Dataset, orography: str | None) -> None:
+        always = {OROGRAPHY.name, *OROGRAPHY.aliases, *LATITUDE_NAMES, orography}
         unmet = sorted((self._names or set()) - self._met - always)
         if unmet:
             raise InputError(
@@ -196,15 +155,8 @@ class _Wanted:
 def _check_units_used(units: Mapping[str, str], dataset: xr.Dataset, constants: xr.Dataset | None) -> None:
     here = {str(name) for place in (dataset, constants) if place is not None for name in place.data_vars}
     for name in units:
-        if name not in here and all(name != variable.name for variable in VARIABLES):
+        if name not in (*here, *_COORDINATES) and all(name != variable.name for variable in VARIABLES):
             raise InputError(f"units names {name!r}, but the source has {', '.join(sorted(here))}")
-
-
-def _is_static(called: str, array: xr.DataArray) -> bool:
-    if "level" in array.dims:
-        return False
-    variable = find_variable(called, has_levels=False)
-    return variable is OROGRAPHY or (variable is LAND_SEA_MASK and "time" not in array.dims)
 
 
 def _channels(
@@ -215,7 +167,7 @@ def _channels(
     units: Mapping[str, str],
 ) -> list[Field]:
     """The channels that one variable of the source makes: one, or one a level."""
-    if called in LATITUDE_NAMES or _is_static(called, array):
+    if called in LATITUDE_NAMES or is_static(called, array):
         return []
     if "level" in array.coords:
         variable = find_variable(called, has_levels=True)
@@ -228,8 +180,13 @@ def _channels(
         variable = find_variable(suffixed[1], has_levels=True)
         if variable is not None:  # already one file variable a level, as `temperature_850`
             name = f"{variable.name}_{suffixed[2]}"
-            if levels is not None and int(suffixed[2]) not in levels:
+            name_by_level = wanted.by_name and wanted(called, name)
+            # GRIB's are all levels of one variable, others were chosen by whoever wrote the file
+            usual = CLIMAX_LEVELS_HPA if str(array.attrs.get("GRIB_typeOfLevel")).startswith("isobaric") else None
+            if int(suffixed[2]) not in (levels or usual or [int(suffixed[2])]) and not name_by_level:
                 return []
+            if wanted(suffixed[1], variable.name):
+                return [_field(name, called, variable, array, units)]
     if not wanted(called, name) or (variable is None and not wanted.by_name):
         return []
     return [_field(name, called, variable, array, units)]
@@ -246,7 +203,7 @@ def _on_levels(
     base = called if variable is None else variable.name
     if variable is None and not wanted.by_name:
         return []
-    here = {level: index for index, level in enumerate(_levels_hpa(array["level"]))}
+    here = {level: index for index, level in enumerate(levels_hpa(array["level"])) if level is not None}
     wanted_levels = CLIMAX_LEVELS_HPA if levels is None else levels
     absent = [level for level in wanted_levels if level not in here]
     fields = []
@@ -262,31 +219,43 @@ def _on_levels(
     return fields
 
 
-def _levels_hpa(level: xr.DataArray) -> list[int]:
-    values = np.atleast_1d(level.to_numpy()).astype(float)
-    unit = str(level.attrs.get("units", "")).lower()
-    # No pressure on Earth is above 1100 hPa, so larger numbers without a unit are pascals.
-    pascals = unit in ("pa", "pascal", "pascals") or (not unit and values.max() > 1100)
-    return [round(value) for value in (values / 100 if pascals else values)]
+def _not_pressure(called: str, array: xr.DataArray, grid: Grid) -> xr.DataArray | None:
+    """The one coordinate besides time, pressure and the grid along which a variable lies, or at which, or None."""
+    if find_variable(called, has_levels=False) is not None or not set(grid.dims) <= set(array.dims):
+        return None
+    others = [name for name in array.dims if name not in ("time", "level", *grid.dims)]
+    if not others and NOT_PRESSURE in array.coords:
+        return array[NOT_PRESSURE]
+    return array[others[0]] if len(others) == 1 and "level" not in array.dims else None
+
+
+def _off_pressure(
+    called: str, array: xr.DataArray, other: xr.DataArray, wanted: _Wanted, units: Mapping[str, str]
+) -> list[Field]:
+    """A channel at each value of a coordinate that is not pressure, if asked for by the source's name, and named so."""
+    known = find_variable(called, has_levels=True)
+    if wanted.by_name and wanted(called):
+        names = [f"{called}_{suffix(other, index)}" for index in range(other.size)]
+        parts = [array.isel({other.dims[0]: index}) for index in range(other.size)] if other.ndim else [array]
+        return [_field(name, called, None, part, units) for name, part in zip(names, parts, strict=True)]
+    asked = [] if known is None else wanted.on_levels(known.name)
+    if asked:
+        raise InputError(
+            f"{', '.join(asked)} is on pressure levels, and {called!r} in the source is on {told(other)}: interpolate "
+            f"it to pressure, or take it under a name of its own with the option variables {called}"
+        )
+    return []
 
 
 def _field(name: str, called: str, variable: Variable | None, array: xr.DataArray, units: Mapping[str, str]) -> Field:
-    unit = _unit((name, called if variable is None else variable.name, called), array, units)
+    unit = unit_of((name, called if variable is None else variable.name, called), array, units)
     if variable is None:
         logger.info("%s is not one of ClimaX's variables: taken as it is, in %s", called, unit or "no stated unit")
-        return Field(name, called, array, (1.0, 0.0), _ANYTHING)
+        return Field(name, called, array, (1.0, 0.0), ANYTHING)
     linear = conversion(variable, unit, called)
     if linear != (1.0, 0.0):
         logger.info("%s: %s times %g plus %g gives ClimaX's unit", name, unit, *linear)
     return Field(name, called, array, linear, variable.valid)
-
-
-def _unit(names: Sequence[str], array: xr.DataArray, units: Mapping[str, str]) -> str | None:
-    for key in names:
-        if key in units:
-            return units[key]
-    unit = array.attrs.get("units")
-    return None if unit is None else str(unit)
 
 
 def _check_dims(field: Field, grid: Grid) -> None:
@@ -297,86 +266,3 @@ def _check_dims(field: Field, grid: Grid) -> None:
             f"it has {', '.join(map(str, field.array.dims)) or 'none'}: select from the others, or leave it out "
             "with the option variables"
         )
-
-
-def _constants(
-    dataset: xr.Dataset, constants: xr.Dataset | None, grid: Grid, wanted: _Wanted, units: Mapping[str, str]
-) -> dict[str, NDArray[np.float32]]:
-    places = [dataset] if constants is None else [constants, dataset]
-    found: dict[str, NDArray[np.float32]] = {}
-    mask = _find_static(places, LAND_SEA_MASK)
-    if mask is not None and wanted(mask.name, LAND_SEA_MASK.name):
-        found[LAND_SEA_MASK.name] = _read_static(mask, LAND_SEA_MASK, grid, units)
-    orography = _find_static(places, OROGRAPHY)
-    if orography is None:
-        raise InputError(
-            "the source has no orography: it needs one of orography, z or geopotential_at_surface without "
-            "levels; add it, or name a file that has it with the option constants"
-        )
-    found[OROGRAPHY.name] = _read_static(orography, OROGRAPHY, grid, units)
-    found["lattitude"] = grid.lat2d.astype(np.float32)
-    return found
-
-
-@dataclass(frozen=True)
-class _Static:
-    name: str
-    array: xr.DataArray
-
-
-def _find_static(places: Sequence[xr.Dataset], variable: Variable) -> _Static | None:
-    # In the order of aliases: a field already in metres is preferred to a geopotential.
-    for place in places:
-        lower = {str(name).lower(): str(name) for name in place.data_vars}
-        here = [lower[alias] for alias in (variable.name, *variable.aliases) if alias in lower]
-        here = [name for name in here if _is_static(name, place[name])]
-        if here:
-            if here[1:]:
-                logger.info("%s taken from %s, not from %s", variable.name, here[0], ", ".join(here[1:]))
-            return _Static(here[0], place[here[0]])
-    return None
-
-
-def _read_static(found: _Static, variable: Variable, grid: Grid, units: Mapping[str, str]) -> NDArray[np.float32]:
-    array = found.array
-    if not set(grid.dims) <= set(array.dims) <= {"time", *grid.dims}:
-        raise InputError(f"{found.name!r} is not on the grid {grid.dims}, but on {array.dims}")
-    if "time" in array.dims:
-        array = _unchanging(found.name, array)
-    unit = _unit((variable.name, found.name), array, units)
-    if variable is OROGRAPHY and unit is None:
-        unit = _unit_by_height(found.name, array)
-    field = Field(variable.name, found.name, array, conversion(variable, unit, found.name), variable.valid)
-    if field.linear != (1.0, 0.0):
-        logger.info("%s: %r in %s times %g gives ClimaX's unit", field.name, found.name, unit, field.linear[0])
-    values = field.read(grid)
-    field.check(values, ())
-    if variable is OROGRAPHY:
-        logger.info("orography from %r: %.0f to %.0f m", found.name, values.min(), values.max())
-    return values[0]
-
-
-def _unit_by_height(called: str, array: xr.DataArray) -> str | None:
-    """A geopotential gives itself away where it is too large to be a height."""
-    highest = float(array.max())
-    if highest <= HIGHEST_GROUND_M:
-        return None
-    logger.info(
-        "%r names no unit, but reaches %.0f, and no ground is above %.0f m: taken as a geopotential in m2 s-2",
-        called,
-        highest,
-        HIGHEST_GROUND_M,
-    )
-    return "m2 s-2"
-
-
-def _unchanging(called: str, array: xr.DataArray) -> xr.DataArray:
-    first = array.isel(time=0)
-    scale = float(np.abs(first).max()) or 1.0
-    # Compared at three times only, because reading all would take as long as writing; 1e-3 of the
-    # largest value allows for files packed into 16 bits one by one.
-    for step in (array.sizes["time"] // 2, -1):
-        if float(np.abs(array.isel(time=step) - first).max()) > 1e-3 * scale:
-            raise InputError(f"{called!r} should be a static field, but changes in time: give one that does not")
-    logger.info("%r has a time axis but does not change: taken from the first time", called)
-    return first

@@ -17,6 +17,10 @@ from climax_elevation.errors import InputError
 logger = logging.getLogger(__name__)
 Array = NDArray[np.floating]
 
+_AT_THE_POLE = 1e-3  # degrees that float32 may put a pole beyond 90
+_LIKE_A_STEP = 0.1  # of a step, that a grid which goes round may miss
+_ROUNDED = 1e-2  # of a step, to which longitudes at 0 degrees east are put there
+
 CLIMAX_GRIDS_DEG = ("5.625", "2.8125", "1.40625")
 
 
@@ -84,12 +88,18 @@ def read_grid(dataset: xr.Dataset, *, patch_size: int, regrid: str | None) -> Gr
     for name in ("lat", "lon"):
         if name not in dataset.coords:
             raise InputError(
-                f"the source has no coordinate for {'latitude' if name == 'lat' else 'longitude'}: "
-                f"it has {', '.join(map(str, dataset.coords)) or 'none'}"
+                f"the source has no coordinate for {'latitude' if name == 'lat' else 'longitude'}: it has "
+                f"{', '.join(map(str, dataset.coords)) or 'none'}; add latitude and longitude in degrees, 1-D, or 2-D "
+                "on the grid"
             )
     lat, lon = (np.asarray(dataset[name].to_numpy(), dtype=np.float64) for name in ("lat", "lon"))
-    if not (np.isfinite(lat).all() and np.isfinite(lon).all() and np.abs(lat).max() <= 90):
-        raise InputError("latitude and longitude must be degrees, without gaps, latitude from -90 to 90")
+    for name, values, limit in (("latitude", lat, 90.0 + _AT_THE_POLE), ("longitude", lon, 540.0)):
+        if not np.isfinite(values).all() or np.abs(values).max() > limit:
+            raise InputError(
+                f"{name} must be degrees, without gaps, from -{limit:.0f} to {limit:.0f}, and is {values.min():g} to "
+                f"{values.max():g}: metres or kilometres on a plane are no places"
+            )
+    lat = np.clip(lat, -90, 90)
     if lat.ndim == lon.ndim == 1:
         grid = _regular(lat, lon, (str(dataset["lat"].dims[0]), str(dataset["lon"].dims[0])))
     elif lat.ndim == 2 and dataset["lat"].dims == dataset["lon"].dims:
@@ -100,6 +110,11 @@ def read_grid(dataset: xr.Dataset, *, patch_size: int, regrid: str | None) -> Gr
             f"latitude and longitude must be both 1-D or both on the same two dimensions, "
             f"not {dataset['lat'].dims} and {dataset['lon'].dims}"
         )
+    logger.info(
+        "grid: %d x %d, latitude %g to %g, longitude %g to %g",
+        *grid.shape,
+        *(f(edge) for edge in (grid.lat2d, lon if grid.lon2d is None else grid.lon2d) for f in (np.min, np.max)),
+    )
     if regrid is not None:
         grid = _target(grid, regrid)
     return _crop(grid, patch_size)
@@ -111,11 +126,23 @@ def is_global(grid: Grid) -> bool:
 
 
 def _goes_round(lon: Array) -> bool:
-    return len(lon) > 1 and abs(float(lon[1] - lon[0]) * len(lon) - 360) < 1e-2
+    """Whether one more step after the last column would be the first."""
+    if len(lon) < 2:
+        return False
+    span = float(lon[-1] - lon[0])
+    return abs(span * len(lon) / (len(lon) - 1) - 360) < _LIKE_A_STEP * span / (len(lon) - 1)
+
+
+def _without_rounding(lon: Array) -> Array:
+    """Longitudes with those at 0 degrees east exactly there: in float32, 360 may be 359.9999 and 0 -0.0001."""
+    if len(lon) < 2:
+        return lon
+    turns = 360 * np.round(lon / 360)
+    return np.where(np.abs(lon - turns) < _ROUNDED * abs(float(lon[-1] - lon[0])) / (len(lon) - 1), turns, lon)
 
 
 def _regular(lat: Array, lon: Array, dims: tuple[str, str]) -> Grid:
-    lon = np.unwrap(lon, period=360)
+    lon = _without_rounding(np.unwrap(lon, period=360))
     for name, values in (("latitude", lat), ("longitude", lon)):
         steps = np.diff(values)
         if not ((steps > 0).all() or (steps < 0).all()):
@@ -126,7 +153,7 @@ def _regular(lat: Array, lon: Array, dims: tuple[str, str]) -> Grid:
     if flips[1]:
         logger.info("columns turned round: longitude rises from west to east in ClimaX's files")
     lat, lon = lat[:: -1 if flips[0] else 1], lon[:: -1 if flips[1] else 1]
-    if lon[-1] - lon[0] >= 360 - 1e-4:
+    if lon[-1] - lon[0] > 360 - 0.5 * (lon[1] - lon[0] if len(lon) > 1 else 0):
         raise InputError(f"longitude runs from {lon[0]:g} to {lon[-1]:g}: drop the column that comes twice")
     roll = 0
     if _goes_round(lon):
@@ -160,7 +187,7 @@ def _curvilinear(lat2d: Array, lon2d: Array, dims: tuple[str, str]) -> Grid:
         "2-D grid: lat.npy and lon.npy hold the means of rows and columns, lat2d.npy and lon2d.npy every "
         "pixel; ClimaX weighs its loss by the cosine of the row mean, which is off by up to %.2g %% within a "
         "row and varies by %.2g %% over the grid, although the cells of a projected grid are nearly equal in "
-        "area; winds are written as they are, often relative to the grid",
+        "area",
         100 * float(np.abs(weights[:, None] / true - 1).max()),
         100 * float(weights.max() / weights.min() - 1),
     )

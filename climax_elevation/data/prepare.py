@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from climax_elevation.data import configuration
-from climax_elevation.data.fields import BadDataError, Field, Fields, find_fields
+from climax_elevation.data.field import BadDataError, Field
+from climax_elevation.data.fields import Fields, find_fields
 from climax_elevation.data.format import PARTITIONS, RunningStatistics
 from climax_elevation.data.grid import Grid, is_global, read_grid
 from climax_elevation.data.names import OROGRAPHY
@@ -83,7 +84,7 @@ class _Plan:
 
 
 def prepare(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     variables: Sequence[str] | None = None,
@@ -96,6 +97,11 @@ def prepare(
     patch_size: int = 2,
     shard_steps: int | None = None,
     regrid: str | None = None,
+    select: Mapping[str, str] | None = None,
+    every: int = 1,
+    winds: str | None = None,
+    orography: str | None = None,
+    sea_level_where_missing: bool = False,
 ) -> Prepared:
     """Write ClimaX's training format from reanalysis files.
 
@@ -105,11 +111,12 @@ def prepare(
     `lattitude` (ClimaX's spelling), in degrees, is always among them. `config.yaml` trains a small model on it.
 
     Args:
-        source: A netCDF or GRIB file, a Zarr folder, a folder of netCDF files, a pattern such as
-            `era5_*.nc`, or the URL of a Zarr store that fsspec opens.
+        source: A netCDF or GRIB file, a zip archive of such, a Zarr folder, a folder of these, a pattern such as
+            `era5_*.nc`, the URL of a Zarr store that fsspec opens, or several of these.
         out: Folder to write. New, empty, or one that the same command began.
         variables: What to take, by ClimaX's or the source's names. None: all that ClimaX knows; the
-            others are left out and named. A name that ClimaX does not know is taken as it is.
+            others are left out and named. A name that ClimaX does not know is taken as it is; one that is not on
+            pressure levels gets a name that says so, such as `T_lev3` or `t_level50m`.
         levels: Pressure levels in hPa. None: those of ClimaX's (50, 250, 500, 600, 700, 850, 925)
             that the source has.
         units: Unit by variable, e.g. `{"orography": "m"}`, where the source names none or a wrong one.
@@ -122,6 +129,12 @@ def prepare(
         shard_steps: Longest shard, in steps; shards of a partition differ by one step at most. None:
             an eighth of training, at most 256 MiB.
         regrid: "5.625", "2.8125" or "1.40625": regrid conservatively to ClimaX's global grid.
+        select: Value by coordinate, of forecast runs, members and the like: `{"step": "6"}`, `{"number": "0"}`.
+        every: Every how many-th step is taken.
+        winds: "grid" or "earth": along what winds go, where the source does not say; written are winds towards east
+            and north.
+        orography: The source's name of the orography, where it is none that is known.
+        sea_level_where_missing: Make the orography 0 m where it is missing.
 
     Returns:
         What was written.
@@ -137,7 +150,8 @@ def prepare(
     leap days are kept, and a standard deviation of zero is written as 1, so that normalising a flat
     field gives zeros.
     """
-    for name, value in (("predict_range", predict_range), ("patch_size", patch_size), ("shard_steps", shard_steps)):
+    sizes = {"predict_range": predict_range, "patch_size": patch_size, "shard_steps": shard_steps, "every": every}
+    for name, value in sizes.items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
     options = {
@@ -151,24 +165,54 @@ def prepare(
         "shard_steps": shard_steps,
         "regrid": regrid,
     }
+    further_options: dict[str, Any] = {
+        "select": dict(select or {}),
+        "every": every if every > 1 else None,
+        "winds": winds,
+        "orography": orography,
+        "sea_level_where_missing": sea_level_where_missing,
+    }
+    # recorded where they are given, so that what was begun without them goes on
+    options |= {name: value for name, value in further_options.items() if value}
     out = Path(out).resolve()
+    sources = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
     with ExitStack() as stack:
-        dataset = stack.enter_context(open_source(str(source)))
-        further = None if constants is None else stack.enter_context(open_source(str(constants)))
+        dataset = stack.enter_context(
+            open_source(
+                sources,
+                variables=variables,
+                select=select,
+                units=units,
+                winds=winds,
+                orography=orography,
+                check_ground=constants is None,
+            )
+        )
+        further = None if constants is None else stack.enter_context(open_source(str(constants), units=units))
         identity = {
             "format": _FORMAT,
-            "source": fingerprint(str(source), dataset),
+            "source": fingerprint(sources, dataset),
             "constants": None if further is None else fingerprint(str(constants), further),
             "options": options,
         }
         _check_folder(out, identity)
         if "time" not in dataset.coords:
             raise InputError(f"the source has no time coordinate: it has {', '.join(map(str, dataset.coords))}")
+        dataset = dataset.isel(time=slice(None, None, every))
         axis = read_times(dataset["time"])
         parts = split(axis, val_from, test_from)
         grid = read_grid(dataset, patch_size=patch_size, regrid=regrid)
         further = None if further is None else _same_grid(further, dataset)
-        fields = find_fields(dataset, further, grid, variables=variables, levels=levels, units=units or {})
+        fields = find_fields(
+            dataset,
+            further,
+            grid,
+            variables=variables,
+            levels=levels,
+            units=units or {},
+            orography=orography,
+            sea_level_where_missing=sea_level_where_missing,
+        )
         shards = plan_shards(
             axis,
             parts,
@@ -237,8 +281,10 @@ def _difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str
 
 
 def _announce(plan: _Plan) -> None:
-    steps = ", ".join(f"{name} {len(steps)}" for name, steps in plan.parts.items())
+    steps = ", ".join(f"{name} {count}" for name, count in _steps(plan.shards).items())
     logger.info("variables: %s", ", ".join(plan.fields.names))
+    if plan.axis.gaps:
+        _tell_gaps(plan)
     logger.info("time steps: %s; one step is %g h", steps, plan.axis.hours_per_step)
     logger.info(
         "in ClimaX's configuration: img_size [%d, %d], hrs_each_step %d",
@@ -250,6 +296,27 @@ def _announce(plan: _Plan) -> None:
             "for regional forecasting, mind that ClimaX's get_region_info selects mirrored latitudes: "
             "'NorthAmerica' is rows at 65 to 15 degrees south, whatever the order in lat.npy"
         )
+
+
+def _steps(shards: Sequence[Shard]) -> dict[str, int]:
+    """Of each partition."""
+    return {
+        part: sum(shard.stop - shard.start for shard in shards if shard.file.startswith(f"{part}/"))
+        for part in PARTITIONS
+    }
+
+
+def _tell_gaps(plan: _Plan) -> None:
+    gaps, left_out = plan.axis.gaps, sum(map(len, plan.parts.values())) - sum(_steps(plan.shards).values())
+    logger.info(
+        "%d gaps in time, the first after %s: shards are cut there, and no pair goes across; of %d steps, %d are left "
+        "out, which have none %d steps later before a gap",
+        len(gaps),
+        plan.axis.stamps[gaps[0] - 1],
+        len(plan.axis.stamps),
+        left_out,
+        plan.identity["options"]["predict_range"],
+    )
 
 
 def _carry_out(plan: _Plan) -> Prepared:
@@ -442,7 +509,7 @@ def _result(plan: _Plan, *, written: int, changed: bool) -> Prepared:
         out=plan.out,
         variables=plan.fields.names,
         shape=plan.grid.shape,
-        steps={partition: len(steps) for partition, steps in plan.parts.items()},
+        steps=_steps(plan.shards),
         shards={
             partition: sum(shard.file.startswith(f"{partition}/") for shard in plan.shards) for partition in PARTITIONS
         },

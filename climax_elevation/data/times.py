@@ -1,10 +1,11 @@
 """The time axis: what ClimaX expects of it, the split into partitions, and the shards."""
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import pairwise
-from math import ceil
+from math import ceil, gcd
 
 import numpy as np
 import xarray as xr
@@ -12,20 +13,25 @@ import xarray as xr
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
 
-_DATE = re.compile(r"\d{4}(-\d\d(-\d\d(T\d\d(:\d\d(:\d\d)?)?)?)?)?")
+_DATE = re.compile(r"\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01])(T([01]\d|2[0-3])(:[0-5]\d(:[0-5]\d)?)?)?)?)?")
+"""A date of any calendar: the 30th of February is one where every month has 30 days."""
 
 
 @dataclass(frozen=True)
 class TimeAxis:
-    """Strictly increasing, evenly spaced times.
+    """Strictly increasing times, evenly spaced but for gaps.
 
     Attributes:
         stamps: ISO 8601, to the second; their alphabetical order is their order in time.
-        hours_per_step: Mean distance of two steps.
+        hours_per_step: Distance of two steps; the mean where a step is a month, a quarter or a year.
+        gaps: Steps before which time is missing: no shard goes on across one.
+        calendar_months: Months of a step, where a step is that; 0 where all steps are equally long.
     """
 
     stamps: tuple[str, ...]
     hours_per_step: float
+    gaps: tuple[int, ...] = ()
+    calendar_months: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,16 +44,24 @@ class Shard:
 
 
 def read_times(time: xr.DataArray) -> TimeAxis:
-    """Check the source's times, of any calendar.
+    """Check the source's times, of any calendar, and find the gaps in them.
+
+    A step is the commonest distance of two times, of equally common ones the shortest; any other is a gap.
 
     Raises:
-        InputError: If they are not dates, not sorted, not unique or not evenly spaced. Calendar
+        InputError: If they are not dates, not sorted, not unique, or a step is not a whole number of hours. Calendar
             months (also quarters and years) count as evenly spaced.
     """
     values = time.to_numpy()
     if np.issubdtype(values.dtype, np.datetime64):
+        if np.isnat(values).any():
+            raise InputError(
+                f"the time coordinate has {int(np.isnat(values).sum())} missing values: leave those steps out"
+            )
+        values = (values.astype("datetime64[ms]") + np.timedelta64(500, "ms")).astype("datetime64[s]")
         stamps = tuple(str(stamp) for stamp in np.datetime_as_string(values, unit="s"))
     elif len(values) and hasattr(values[0], "isoformat"):  # a calendar without leap years, say
+        values = np.array([(value + timedelta(milliseconds=500)).replace(microsecond=0) for value in values])
         stamps = tuple(value.isoformat() for value in values)
     else:
         raise InputError(f"the time coordinate holds {values.dtype} and not dates: give it CF units and a calendar")
@@ -59,19 +73,34 @@ def read_times(time: xr.DataArray) -> TimeAxis:
         if after < before:
             raise InputError(f"times are not sorted, {after} comes after {before}: sort the source by time")
     seconds = np.diff(values).astype("timedelta64[s]").astype(np.int64)
-    _check_even(stamps, seconds)
-    return TimeAxis(stamps, float(seconds.mean()) / 3600)
-
-
-def _check_even(stamps: tuple[str, ...], seconds: np.ndarray) -> None:
     months = np.diff([12 * int(stamp[:4]) + int(stamp[5:7]) for stamp in stamps])
-    if (seconds == seconds[0]).all() or (months[0] > 0 and (months == months[0]).all()):
+    in_months = bool((months > 0).all()) and _commonest(months)[1] > _commonest(seconds)[1]
+    step, _ = _commonest(months if in_months else seconds)
+    gap = (months if in_months else seconds) != step
+    if not in_months:
+        _check_whole_hours(step)
+    gaps = tuple(int(index) + 1 for index in np.flatnonzero(gap))
+    return TimeAxis(stamps, float(seconds[~gap].mean()) / 3600, gaps, step if in_months else 0)
+
+
+def _commonest(distances: np.ndarray) -> tuple[int, int]:
+    """And how often it is there; the shortest of equally common ones."""
+    found, counts = np.unique(distances, return_counts=True)
+    return int(found[counts.argmax()]), int(counts.max())
+
+
+def _check_whole_hours(seconds: int) -> None:
+    if seconds % 3600 == 0:
         return
-    odd = int(np.flatnonzero(seconds != seconds[0])[0])
+    every = 3600 // gcd(seconds, 3600)
+    if seconds % 60:
+        raise InputError(
+            f"one step is {seconds} s, and ClimaX's hrs_each_step is a whole number of hours: write the times to the "
+            "minute, or take fewer of them"
+        )
     raise InputError(
-        f"ClimaX counts time steps, so they must be evenly spaced: the first is {seconds[0] / 3600:g} h, "
-        f"but from {stamps[odd]} to {stamps[odd + 1]} it is {seconds[odd] / 3600:g} h; "
-        "fill the gap or cut the source there"
+        f"one step is {seconds / 3600:g} h ({seconds // 60} min), and ClimaX's hrs_each_step is whole hours: "
+        f"take one step in {every}, {every * seconds // 3600} h apart, with the option every {every}"
     )
 
 
@@ -107,19 +136,17 @@ def split(axis: TimeAxis, val_from: str | None, test_from: str | None) -> dict[s
 
 
 def _date(text: str) -> str:
-    try:
-        if not _DATE.fullmatch(text):
-            raise ValueError
-        np.datetime64(text)
-    except ValueError:
-        raise InputError(f"{text!r} is not a year or an ISO date such as 2000 or 2000-06-01") from None
+    if not _DATE.fullmatch(text):
+        raise InputError(f"{text!r} is not a year or an ISO date such as 2000 or 2000-06-01")
     return text
 
 
 def plan_shards(
     axis: TimeAxis, parts: dict[str, range], *, shard_steps: int | None, predict_range: int, step_bytes: int
 ) -> list[Shard]:
-    """Cut each partition into shards of nearly equal length, each longer than `predict_range`.
+    """Cut each partition at its gaps, and what is between into shards of nearly equal length.
+
+    Each is longer than `predict_range`; what lies between two gaps and is not is left out.
 
     ClimaX's reader pairs a step with the one `predict_range` later in the same shard, so every shard
     loses that many pairs, and a shard that is not longer yields nothing.
@@ -146,14 +173,26 @@ def plan_shards(
         raise InputError(f"a shard must be longer than predict_range {predict_range}: shard_steps is {shard_steps}")
     shards = []
     for partition, steps in parts.items():
-        if len(steps) <= predict_range:
+        pieces = _pieces(steps, axis.gaps)
+        usable = [piece for piece in pieces if len(piece) > predict_range]
+        if not usable:
+            pieces_have = f", in {len(pieces)} pieces without a gap" if len(pieces) > 1 else ""
             raise InputError(
-                f"{partition} has {len(steps)} time steps, too few for predict_range {predict_range}: "
+                f"{partition} has {len(steps)} time steps{pieces_have}, too few for predict_range {predict_range}: "
                 "give it more time with val_from and test_from, or a longer source"
             )
-        count = min(ceil(len(steps) / shard_steps), len(steps) // (predict_range + 1))
-        bounds = [steps.start + len(steps) * index // count for index in range(count + 1)]
-        for index, (start, stop) in enumerate(pairwise(bounds)):
-            stamp = axis.stamps[start][:13].replace(":", "")
-            shards.append(Shard(f"{partition}/{index:05d}_{stamp}.npz", start, stop))
+        index = 0
+        for piece in usable:
+            count = min(ceil(len(piece) / shard_steps), len(piece) // (predict_range + 1))
+            bounds = [piece.start + len(piece) * number // count for number in range(count + 1)]
+            for start, stop in pairwise(bounds):
+                stamp = axis.stamps[start][:13].replace(":", "")
+                shards.append(Shard(f"{partition}/{index:05d}_{stamp}.npz", start, stop))
+                index += 1
     return shards
+
+
+def _pieces(steps: range, gaps: tuple[int, ...]) -> list[range]:
+    """`steps` cut at the gaps that lie within."""
+    within = gaps[bisect_right(gaps, steps.start) : bisect_left(gaps, steps.stop)]
+    return [range(*ends) for ends in pairwise([steps.start, *within, steps.stop])]

@@ -223,11 +223,12 @@ def _vectors(lat: Any, lon: Any) -> Tensor:
 
 def _patch(lat: Array, lon: Array, grid: tuple[int, int], place: Place) -> int:
     """The patch whose centre is nearest."""
+    if not all(map(math.isfinite, place)):
+        raise InputError(f"a place has a finite latitude and longitude, degrees, not ({place[0]:g}, {place[1]:g})")
     centres = _vectors(lat, lon)
     nearest = (centres - _vectors(*place)).norm(dim=-1)
     chosen = int(nearest.argmin())
-    known = -90 <= place[0] <= 90 and math.isfinite(place[1])
-    if not known or nearest[chosen] > ROOM * _spacing(centres, grid, chosen):
+    if not -90 <= place[0] <= 90 or nearest[chosen] > ROOM * _spacing(centres, grid, chosen):
         raise InputError(
             f"{_words(place)} is outside the grid, whose patches have centres from {latitude_words(lat.min())} to "
             f"{latitude_words(lat.max())} and {longitude_words(lon.min())} to {longitude_words(lon.max())}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from climax_elevation.data.format import PARTITIONS
+from climax_elevation.data.shares import Part, Share, batches_a_process, split, stretch
 from climax_elevation.errors import InputError
-from climax_elevation.files import PREPARE, check_degrees, check_finite, load_npy, load_npz, load_scalars, reading
+from climax_elevation.files import PREPARE, check_degrees, check_finite, load_npy, load_npz, load_scalars, npz_shapes
 from climax_elevation.host.loading import Loader, ResumableLoader, Stretch
-from climax_elevation.host.parts import Part, split, stretch
 from climax_elevation.terrain.reader import HOURS_PER_LEAD_TIME
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class ForecastDataset(IterableDataset[Sample | None]):
     """Streams (now, later) pairs from shards, each reader its own part of them; None, where a batch ends early.
 
     The pairs of all shards are one sequence, of which every worker of every rank has its own part, as
-    `climax_elevation.host.parts` cuts it: each pair is read once an epoch, whatever the shards' lengths and the
+    `climax_elevation.data.shares` cuts it: each pair is read once an epoch, whatever the shards' lengths and the
     number of ranks and workers, and all ranks have equally many batches, so that none waits for another. In training
     with a batch size of 1 alone up to `world_size - 1` pairs are left over, other ones each epoch.
 
@@ -251,6 +250,17 @@ class GlobalForecastDataModule(LightningDataModule):
         """Test pairs, shard after shard."""
         return self._loader(self.data_test)
 
+    def shares(self, processes: int) -> list[Share]:
+        """What each of so many processes is given of each part."""
+        found = []
+        for name, dataset in (("train", self.data_train), ("val", self.data_val), ("test", self.data_test)):
+            total = dataset.total()
+            batch_size = self._batch_size(dataset, processes)
+            left = total % processes if batch_size == 1 else 0
+            batches = batches_a_process(total, batch_size, processes)
+            found.append(Share(name, len(dataset.shards), total, left, (total - left) // processes, batches))
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: how many epochs of training were begun."""
         return {"epochs_begun": self.data_train.epoch}
@@ -298,23 +308,25 @@ class GlobalForecastDataModule(LightningDataModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),
         )
 
+    def _batch_size(self, dataset: ForecastDataset, processes: int) -> int:
+        wanted = self.hparams["batch_size"]
+        # of two one can be left, so that no pair of validation and test is left out
+        return 2 if wanted == 1 and dataset is not self.data_train and dataset.total() % processes else wanted
+
     def _loader(self, dataset: ForecastDataset, kind: Callable[..., Loader] = Loader) -> Loader:
         if self.trainer is not None:
             dataset.rank, dataset.world_size = self.trainer.global_rank, self.trainer.world_size
         total, ranks = dataset.total(), dataset.world_size
         if total < ranks:
             raise InputError(f"{ranks} processes cannot share {total} pairs of fields in {self.root}: use fewer")
-        batch_size = self.hparams["batch_size"]
+        batch_size = self._batch_size(dataset, ranks)
         if total % ranks and batch_size == 1:
-            if dataset is self.data_train:
-                logger.info(
-                    "%d of %d pairs are left out each epoch, so that %d processes have equally many batches of one",
-                    total % ranks,
-                    total,
-                    ranks,
-                )
-            else:
-                batch_size = 2  # so that a batch can be smaller, and no pair is left out
+            logger.info(
+                "%d of %d pairs are left out each epoch, so that %d processes have equally many batches of one",
+                total % ranks,
+                total,
+                ranks,
+            )
         dataset.batch_size = batch_size
         return kind(
             dataset,
@@ -361,20 +373,13 @@ def _find_shards(folder: Path, needed: Sequence[str], predict_range: int) -> lis
 
 def _inspect(path: Path, needed: Sequence[str]) -> Shard:
     """Read what a shard holds from its headers alone."""
-    with reading(path, "prepare it again"), zipfile.ZipFile(path) as archive:
-        _check_variables(path, [name.removesuffix(".npy") for name in archive.namelist()], needed)
-        shapes = {name: _shape(archive, name) for name in needed}
+    shapes = npz_shapes(path, "prepare it again")
+    _check_variables(path, list(shapes), needed)
+    shapes = {name: shapes[name] for name in needed}
     shape = shapes[needed[0]]
     if len(shape) != 4 or shape[1] != 1 or any(other != shape for other in shapes.values()):
         raise InputError(f"{path} has arrays [time, 1, height, width] of one size, not {shapes}")
     return Shard(path, shape[0], (shape[2], shape[3]))
-
-
-def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
-    with archive.open(f"{name}.npy") as file:
-        major = np.lib.format.read_magic(file)[0]
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        return read(file)[0]
 
 
 def _check_sizes(root: Path, shards: dict[str, list[Shard]], lat: NDArray[Any], lon: NDArray[Any]) -> None:

@@ -19,7 +19,16 @@ def level(terrain: Terrain) -> Terrain:
 
 
 def mirrored(terrain: Terrain) -> Terrain:
-    """East and west exchanged: relief of the same kind, in the wrong places."""
+    """East and west exchanged: relief of the same kind, in the wrong places.
+
+    Of places that are no grid, the one farthest west has the height of the one farthest east, and so on inwards.
+    """
+    if terrain.points:
+        terrain.require({"lon"}, "control: mirrored")
+        eastward = terrain.lon.argsort(stable=True)  # type: ignore[union-attr]
+        heights = torch.empty_like(terrain.elevation_m)
+        heights[:, eastward] = terrain.elevation_m[:, eastward.flip(0)]
+        return replace(terrain, elevation_m=heights)
     fields = terrain.elevation_m.unflatten(1, terrain.grid)
     return replace(terrain, elevation_m=fields.flip(2).flatten(1))
 

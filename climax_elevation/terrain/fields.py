@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from climax_elevation.errors import InputError
+from climax_elevation.terrain.plausible import check_finite, values_known
+from climax_elevation.terrain.sphere import checked_latitudes
 
 _WIND = ("wind", "give u and v in m/s, or choose a bias without wind (physics and ridge: wind: false)")
 _PLACE = (
@@ -80,6 +82,7 @@ class Terrain:
         lead_hours: Forecast lead time, hours, `[B]`, or None.
         spacing_m: Distance between neighbouring patch centres of a plane grid, metres, or None.
         patch_ids: Row-major indices in `grid` of the L patches, `[L]`; None where they are all.
+        points: Whether tokens are places that are no grid, such as stations (`of_points`); `grid` is then (1, L).
     """
 
     elevation_m: Tensor
@@ -92,6 +95,7 @@ class Terrain:
     lead_hours: Tensor | None = None
     spacing_m: float | None = None
     patch_ids: Tensor | None = None
+    points: bool = False
 
     def __post_init__(self) -> None:
         if self.elevation_m.dim() != 2:
@@ -104,6 +108,57 @@ class Terrain:
             if value is not None and value.shape[-1] != tokens:
                 raise InputError(f"{name} has {value.shape[-1]} patches, and elevation_m has {tokens}")
 
+    @classmethod
+    def of_points(
+        cls,
+        elevation_m: Tensor,
+        lat: Tensor,
+        lon: Tensor,
+        *,
+        u: Tensor | None = None,
+        v: Tensor | None = None,
+        speed: Tensor | None = None,
+        lead_hours: Tensor | None = None,
+    ) -> Terrain:
+        """The terrain of places that are no grid, a token each: stations.
+
+        The biases `structure`, `physics`, `relative_3d` with `coords: physical`, `multiplicative` and `adaptive` read
+        places, heights and winds alone. The others read rows and columns, or the ground between two patches, and
+        refuse.
+
+        Args:
+            elevation_m: Metres, `[L]` or `[B or 1, L]`.
+            lat, lon: Degrees, `[L]`.
+            u, v: Eastward and northward wind, m/s, `[B or 1, L]`.
+            speed: Wind speed, m/s, `[B or 1, L]`; None: that of u and v, where they are given.
+            lead_hours: Forecast lead time, hours, `[B]`.
+
+        Raises:
+            InputError: If there is one place only, numbers are not finite, or two places are the same.
+        """
+        elevation_m = elevation_m[None] if elevation_m.dim() == 1 else elevation_m
+        if speed is None and u is not None and v is not None:
+            speed = torch.hypot(u, v)
+        tokens = elevation_m.shape[-1]
+        terrain = cls(elevation_m, (1, tokens), u, v, speed, lat, lon, lead_hours, points=True)
+        if tokens < 2:
+            raise InputError(f"attention is between two places or more, not {tokens}: give more stations")
+        check_finite(elevation_m, "elevation_m", "metres")
+        for name, degrees in (("lat", lat), ("lon", lon)):
+            check_finite(degrees, name, "degrees")
+        if values_known(lat) and values_known(lon):
+            checked_latitudes(lat, lat)
+            _check_apart(lat, lon, elevation_m)
+        return terrain
+
+    def require_grid(self, who: str) -> None:
+        """Raise InputError, naming `who`, unless tokens are patches of a grid."""
+        if self.points:
+            raise InputError(
+                f"{who} needs a grid of patches, and these tokens are places such as stations: choose structure, "
+                "physics, relative_3d with coords: physical, multiplicative or adaptive"
+            )
+
     def require(self, names: Iterable[str], who: str) -> None:
         """Raise InputError, naming `who`, unless every optional field of `names` is there."""
         for name in sorted(names):
@@ -113,6 +168,7 @@ class Terrain:
 
     def require_whole(self, who: str) -> None:
         """Raise InputError, naming `who`, unless the patches are all of the rectangular grid, in its order."""
+        self.require_grid(who)
         if self.patch_ids is not None:
             raise InputError(
                 f"{who} needs the whole grid of {self.grid[0]} x {self.grid[1]} patches once, and got "
@@ -148,4 +204,17 @@ class Terrain:
             for name in ("elevation_m", "u", "v", "speed", "lat", "lon")
             if (value := getattr(self, name)) is not None
         }
+        if self.points:
+            return replace(self, **per_patch, grid=(1, len(ids)))
         return replace(self, **per_patch, patch_ids=self.ids[ids])
+
+
+def _check_apart(lat: Tensor, lon: Tensor, elevation_m: Tensor) -> None:
+    """Raise InputError if two places are the same, height included: one of them would tell the other's value."""
+    places = torch.stack([lat.double(), lon.double(), elevation_m[0].double()], dim=1)
+    _, place, times = places.unique(dim=0, return_inverse=True, return_counts=True)
+    if bool((times > 1).any()):
+        first, second = (place == times.argmax()).nonzero().flatten()[:2].tolist()
+        raise InputError(
+            f"tokens {first} and {second} are the same place ({lat[first]:g} N, {lon[first]:g} E): leave one out"
+        )

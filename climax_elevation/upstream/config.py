@@ -158,6 +158,10 @@ class _Reader:
             raise InputError(f"--config {name} does not exist")
         try:
             config = OmegaConf.load(path)
+        except OSError:  # as OmegaConf calls a single value
+            raise InputError(
+                f"{name} holds no configuration: it should have the keys trainer, model and data"
+            ) from None
         except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
             raise InputError(f"{name} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(config, DictConfig):

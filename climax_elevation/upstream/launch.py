@@ -52,7 +52,7 @@ def train_upstream(module: str, source: Source, given: Modernized) -> None:
 
 
 def _read_older_scalars(script: Any) -> None:
-    """Pretrained weights go through one function, before upstream drops those of another shape than the model's."""
+    """Climate projection's own loader calls one function before it drops weights of another shape than the model's."""
     if not hasattr(script, "interpolate_pos_embed"):  # pretraining starts from none
         return
     own: Callable[..., None] = script.interpolate_pos_embed

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.utilities import rank_zero_only
 
 from climax_elevation.checkpoints import check_weights, read_checkpoint, write_whole
 from climax_elevation.crew import EndTogether
@@ -27,11 +29,15 @@ from climax_elevation.files import check_folder
 from climax_elevation.health import StopNotFinite, check_statistics
 from climax_elevation.training import TerrainCallback, check_datamodule
 from climax_elevation.upstream.resuming import GoOn, best_checkpoint
+from climax_elevation.upstream.schedule import announce, check_shares, check_validation, count_shares
 from climax_elevation.upstream.settings import check_settings
 
 OWN, LIGHTNING = "climax_elevation", ("pytorch_lightning", "lightning_fabric")
 # what the parser says, and how it is said here
-NOISE = r"- Expected a path but \S+ either not accessible or invalid - |- Not a valid subclass of .*"
+NOISE = {
+    r"- Expected a path but \S+ either not accessible or invalid - ": "",
+    r"Not a valid subclass of (\w+).*": r"Expected a \1",
+}
 UNION = (
     r"^(.*?)Does not validate against any of the Union subtypes Subtypes: .*? Errors: (.*?)"
     r"(?: Given value type: .*? Given value: (.*))?$"
@@ -118,6 +124,7 @@ class TrainingCLI(LightningCLI):
             # a script without that series does not hand it on
             self.trainer.fit = functools.partial(self.trainer.fit, ckpt_path=self.config.ckpt_path)  # type: ignore[method-assign]
         self._check_folders()
+        self._check_schedule()
         trainer: Any = self.trainer
         if any(isinstance(callback, TerrainCallback) for callback in trainer.callbacks):
             check_datamodule(self.model, self.datamodule)
@@ -125,6 +132,19 @@ class TrainingCLI(LightningCLI):
             # upstream's scripts test the best checkpoint, and this saves none
             self.trainer.test = _without_checkpoint(self.trainer.test)  # type: ignore[method-assign]
         self.trainer.test = _with_whole_names(self.trainer.test, self.trainer)  # type: ignore[method-assign]
+
+    def _check_schedule(self) -> None:
+        """Before anything starts, that every process has something to do, and what comes of it."""
+        trainer: Any = self.trainer
+        processes = trainer.num_nodes * trainer.num_devices
+        shares = count_shares(self.datamodule, processes)
+        if not shares:
+            return
+        hparams: Any = self.datamodule.hparams
+        check_shares(shares, processes, hparams["num_workers"])
+        check_validation(trainer, shares[0].batches)
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            announce(trainer, shares, processes, hparams["batch_size"])
 
     def _check_folders(self) -> None:
         """Before anything is written, that all can be."""
@@ -141,8 +161,13 @@ class TrainingCLI(LightningCLI):
         path = str(config.ckpt_path)
         if path == "best":
             return best_checkpoint(self.trainer)
-        if "://" not in path and path not in KEYWORDS and not path.startswith("registry") and not Path(path).exists():
+        if "://" in path or path in KEYWORDS or path.startswith("registry"):
+            return path
+        if not Path(path).exists():
             raise InputError(f"{key} {path} does not exist")
+        parts = [Path(path, name) for name in (".metadata", "checkpoint")]  # of checkpoints in several files
+        if not (any(part.exists() for part in parts) if Path(path).is_dir() else zipfile.is_zipfile(path)):
+            raise InputError(f"{key} {path} is no checkpoint of Lightning's, or damaged: name another")
         return path
 
 
@@ -199,7 +224,7 @@ def training_errors() -> Iterator[None]:
     except OSError as error:
         raise InputError(_of_system(error)) from error
     except pickle.UnpicklingError as error:
-        raise InputError(f"the checkpoint is none of Lightning's: {_line(error)}") from error
+        raise InputError("the checkpoint cannot be read: it is none of Lightning's, or it is damaged") from error
     except RuntimeError as error:
         if "loading state_dict" in str(error):
             raise InputError(
@@ -260,15 +285,15 @@ def scores_table(results: Sequence[Mapping[str, float]]) -> str:
 def _line(error: object) -> str:
     """One line of an error's text; of the long ones of the parser, what was expected of which key, and what came."""
     text = " ".join(str(error).split()) or type(error).__name__
-    text = re.sub(NOISE, "", text)
+    for noise, instead in NOISE.items():
+        text = re.sub(noise, instead, text)
     union = re.search(UNION, text)
     if union:
-        key, reasons, given = union.groups()
-        first, *others = dict.fromkeys(reason.strip() for reason in re.split(r"(?:^| )- ", reasons) if reason.strip())
-        if first.startswith("Expected"):
-            first = ", or ".join([first, *(other for other in others if other.startswith("Expected"))])
-            first += "" if given is None else f". Got value: {given}"
-        text = f"{key}{first}"
+        key, listed, given = union.groups()
+        reasons = list(dict.fromkeys(reason for reason in re.split(r"(?:^|\s)- ", listed) if reason))
+        telling = [reason for reason in reasons if not reason.startswith(("Expected", "Import path"))]
+        kinds = ", or ".join(reason for reason in reasons if reason.startswith("Expected"))
+        text = key + (telling[0] if telling else kinds + ("" if given is None else f". Got value: {given}"))
     text = re.sub(r"<class '([\w.]+)'>", lambda found: KINDS.get(found[1], found[1]), text)
     for written, instead in PHRASES.items():
         text = re.sub(written, instead, text)

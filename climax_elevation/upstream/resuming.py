@@ -26,7 +26,8 @@ class GoOn(Callback):
         if fit is None or not trainer.training:
             return
         _validate_first(fit, trainer)
-        if not fit.get("state_dict", {}).get("combined_loader"):
+        _count_the_epoch_once(fit, trainer)
+        if trainer.is_global_zero and not fit.get("state_dict", {}).get("combined_loader"):
             _say_what_is_not_resumed(fit)
 
 
@@ -50,6 +51,14 @@ def _validate_first(fit: dict[str, Any], trainer: Trainer) -> None:
     begun = validation["total"]
     begun["ready"] = begun["started"] = begun["processed"] + 1
     begun["completed"] = begun["processed"]
+
+
+def _count_the_epoch_once(fit: dict[str, Any], trainer: Trainer) -> None:
+    """Lightning, as of 2.6, ends an epoch that had ended once more where max_steps is set."""
+    total, current = fit["epoch_progress"]["total"], fit["epoch_progress"]["current"]
+    if trainer.max_steps != -1 and total["ready"] == total["processed"] == total["completed"] + 1:
+        total["processed"] -= 1
+        current["processed"] -= 1
 
 
 def _say_what_is_not_resumed(fit: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ def check_settings(config: Mapping[str, Any]) -> None:
     for part, rules in (("trainer", TRAINER), ("model", MODEL), ("data", DATA)):
         _check(part, config.get(part), rules)
     trainer = config.get("trainer") or {}
+    if "max_epochs" not in trainer:  # the parser fills in the defaults of a part that is there
+        raise InputError("trainer holds settings by name, and here it is empty: write some, or leave it out")
     least, most = trainer.get("min_epochs"), trainer.get("max_epochs")
     if least is not None and most is not None and -1 < most < least:
         raise InputError(f"trainer.min_epochs is at most trainer.max_epochs ({most}), not {least}")
@@ -81,6 +83,11 @@ def _name_or_names(name: str, value: Any) -> None:
     (text if isinstance(value, str) else _names)(name, value)
 
 
+def _by_name(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise InputError(f"{name} are values by name, not {value!r}")
+
+
 def _sides(name: str, value: Any) -> None:
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise InputError(f"{name} is a height and a width in pixels, not {value!r}")
@@ -122,6 +129,7 @@ NETWORK: dict[str, Rule] = {
     "drop_rate": share,
     "parallel_patch_embed": true_or_false,
     "use_physics_mask": true_or_false,
+    "bias_args": _or_none(_by_name),
     "time_history": count,
     "freeze_encoder": true_or_false,
 }

@@ -8,6 +8,26 @@ from typing import NamedTuple, TypeVar
 Drawn = TypeVar("Drawn")
 
 
+class Share(NamedTuple):
+    """What each process is given of a part of the data.
+
+    Attributes:
+        part: "train", "val" or "test".
+        shards: Files of the part.
+        samples: Pairs in them.
+        left_out: Pairs that no process reads in an epoch.
+        fewest: Pairs of the process that has the fewest.
+        batches: Batches of that process.
+    """
+
+    part: str
+    shards: int
+    samples: int
+    left_out: int
+    fewest: int
+    batches: int
+
+
 class Part(NamedTuple):
     """What one worker of one process reads of an epoch's samples.
 

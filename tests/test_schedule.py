@@ -1,0 +1,113 @@
+"""Before anything starts: who reads how much, whether validation comes, and what is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+import tiny_data
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+
+from climax_elevation import InputError
+from climax_elevation.data.shares import Share
+from climax_elevation.host.shards import GlobalForecastDataModule
+from climax_elevation.upstream.schedule import check_shares, check_validation, count_shares, steps_an_epoch
+
+
+def upstreams(root, processes, workers=1, batch_size=2):
+    """What upstream's readers have of a folder, without upstream."""
+    listers = {f"lister_{part}": sorted((root / part).iterdir()) for part in ("train", "val", "test")}
+    settings = {"predict_range": 2, "num_workers": workers, "batch_size": batch_size}
+    return count_shares(SimpleNamespace(**listers, hparams=settings), processes)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """5 + 1 + 9 + 4 pairs to train, 7 and 3 to validate, 5 to test, 2 steps ahead."""
+    return tiny_data.write(tmp_path_factory.mktemp("shards"), train=(7, 3, 11, 6), val=(9, 5), test=(7,))
+
+
+def test_shares_of_the_plugins_reader_by_hand(root):
+    module = GlobalForecastDataModule(str(root), tiny_data.VARIABLES, 4, predict_range=2, batch_size=2)
+    assert module.shares(1) == [
+        Share("train", 4, 19, 0, 19, 10),
+        Share("val", 2, 10, 0, 10, 5),
+        Share("test", 1, 5, 0, 5, 3),
+    ]
+    assert module.shares(4) == [
+        Share("train", 4, 19, 0, 4, 3),
+        Share("val", 2, 10, 0, 2, 2),
+        Share("test", 1, 5, 0, 1, 1),
+    ]
+
+
+def test_shares_of_upstreams_reader_by_hand(root):
+    assert upstreams(root, 1)[0] == Share("train", 4, 19, 0, 19, 10)
+    # two shards each; the process of the two shortest has 1 + 4 pairs
+    assert upstreams(root, 2)[0] == Share("train", 4, 19, 0, 5, 3)
+    # three processes take a shard each, and one is left out, the shortest at the least
+    assert upstreams(root, 3)[0] == Share("train", 4, 19, 1, 1, 1)
+    # without workers every process reads all of it
+    assert upstreams(root, 3, workers=0)[0] == Share("train", 4, 19, 0, 19, 10)
+
+
+def test_a_process_without_a_shard_is_refused(root):
+    check_shares(upstreams(root, 1), 1, 1)
+    with pytest.raises(InputError, match="test has 1 shards, and 2 processes of 1 readers each.* make 2 or more"):
+        check_shares(upstreams(root, 2), 2, 1)
+    check_shares(upstreams(root, 4, workers=0), 4, 0)
+
+
+def trainer(monitor="val/w_rmse", stopping=False, **options):
+    callback = EarlyStopping(monitor) if stopping else ModelCheckpoint(monitor=monitor)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(callbacks=[callback], **quiet, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, 10),
+        ({"limit_train_batches": 4}, 4),
+        ({"limit_train_batches": 0.5}, 5),
+        ({"limit_train_batches": 40}, 10),
+        ({"accumulate_grad_batches": 4}, 3),
+    ],
+)
+def test_steps_an_epoch(options, steps):
+    assert steps_an_epoch(trainer(**options), 10) == steps
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_steps": 9}, "ends after 9 batches a process, before its first validation, after 10"),
+        ({"max_epochs": 1, "check_val_every_n_epoch": 2}, "ends after 10 batches a process, .* after 20"),
+        ({"max_epochs": 1, "limit_val_batches": 0}, "limit_val_batches is 0"),
+        (
+            {"max_epochs": 1, "limit_train_batches": 4, "val_check_interval": 5},
+            "val_check_interval is 5 batches, of which an epoch has 4",
+        ),
+        ({"max_steps": 2, "val_check_interval": 0.5}, "ends after 2 batches a process, .* after 5"),
+    ],
+)
+def test_a_validation_that_never_comes_is_refused(options, message, stopping):
+    with pytest.raises(InputError, match=message):
+        check_validation(trainer(stopping=stopping, **options), 10)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 10},
+        {"max_epochs": 1},
+        {"max_epochs": -1},
+        {"max_steps": 5, "val_check_interval": 5},
+        {"max_steps": 4, "limit_train_batches": 4},
+        {"max_steps": 1, "monitor": None},
+        {"max_steps": 5, "accumulate_grad_batches": 2},
+        {"max_steps": 7, "check_val_every_n_epoch": None, "val_check_interval": 7},
+    ],
+)
+def test_a_validation_that_comes_is_not(options):
+    check_validation(trainer(**options), 10)
