@@ -565,10 +565,10 @@ def test_a_run_that_goes_on(folder, run, tmp_path, monkeypatch):
     (whole,) = (path for path in run.rglob("*.ckpt") if path.name != "last.ckpt")
     half = tmp_path / "half.ckpt"
     half.write_bytes(whole.read_bytes()[:-2000])
-    with pytest.raises(InputError, match="half.ckpt is no checkpoint of tensors alone: "):
+    with pytest.raises(InputError, match="half.ckpt is cut short, after"):
         load_run(run, checkpoint=half)
     monkeypatch.setattr("climax_elevation.forecast.loaded.choose_checkpoint", lambda *_: tmp_path / "gone.ckpt")
-    with pytest.raises(InputError, match="gone.ckpt is gone, as a run that goes on"):
+    with pytest.raises(InputError, match="gone.ckpt does not exist"):
         load_run(run)
 
 

@@ -17,8 +17,9 @@ def imported(program):
     return set(json.loads(ended.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "--help"], ["train", "--help"], ["compare", "--help"]])
-def test_help_imports_nothing_heavy(arguments):
+@pytest.mark.parametrize("command", [[], ["prepare"], ["train"], ["forecast"], ["compare"]])
+def test_help_imports_nothing_heavy(command):
+    arguments = [*command, "--help"]
     modules = imported(f"from climax_elevation.cli import main; main({arguments!r})")
     assert not modules & set(HEAVY)
     assert len(modules) < 400
