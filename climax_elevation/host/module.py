@@ -33,9 +33,9 @@ class GlobalForecastModule(LightningModule):
 
     Constructor and logged names are upstream's: "train/loss", "val/w_rmse", "test/acc",
     "val/w_rmse_VARIABLE_POSTFIX" and so on. POSTFIX is the lead time, see `postfix`; upstream's takes
-    data.predict_range for hours, whatever hrs_each_step is, which is the same where that is 1. Latitudes, statistics and climatologies come from the trainer's data
-    module. Under `seed_everything`, each step's dropout depends on seed, epoch, step and rank alone: a
-    resumed run repeats what an uninterrupted one does.
+    data.predict_range for hours, whatever hrs_each_step is. Latitudes, statistics and climatologies come
+    from the trainer's data module. Under `seed_everything`, each step's dropout depends on seed, epoch, step
+    and rank alone: a resumed run repeats what an uninterrupted one does.
 
     Args:
         net: `climax_elevation.host.StandInClimaX`, or a model with its methods.
