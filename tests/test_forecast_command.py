@@ -502,7 +502,7 @@ def test_a_wrong_source_is_one_sentence(run, tmp_path, capsys, change, sentence)
         (["--checkpoint", "none.ckpt"], "checkpoint none.ckpt does not exist"),
         (["--variable", "2m_temperature"], "--variable says what --picture draws"),
         (["--picture", "map", "--variable", "t2m"], "unknown variable 't2m'; choose one of '2m_temperature'"),
-        (["--units", "t2m"], "--units takes NAME=UNIT"),
+        (["--units", "t2m"], "--units takes NAME="),
     ],
 )
 def test_wrong_options_are_one_sentence(folder, run, tmp_path, capsys, given, sentence):
