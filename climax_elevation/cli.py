@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of the checkpoint of --model.pretrained_path, in its order (default: as it or its config.yaml says, or "
         "ClimaX's 48)",
     )
+    train.add_argument("--plan", action="store_true", help="print what the run would be, and do not start it")
     train.set_defaults(run=_train)
 
     patch = commands.add_parser("patch", help="apply, check or revert the patches of a ClimaX checkout")
@@ -276,7 +277,9 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
 def _train(options: argparse.Namespace, arguments: list[str]) -> None:
     from climax_elevation.train import train
 
-    train(options.module, options.climax, arguments, pretrained_variables=options.pretrained_variables)
+    train(
+        options.module, options.climax, arguments, pretrained_variables=options.pretrained_variables, plan=options.plan
+    )
 
 
 def _patch(options: argparse.Namespace, _: list[str]) -> int:

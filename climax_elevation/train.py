@@ -19,7 +19,12 @@ MODULES = ("global_forecast", "regional_forecast", "climate_projection", "pretra
 
 
 def train(
-    module: str, climax: Path | None, arguments: list[str], *, pretrained_variables: Sequence[str] | None = None
+    module: str,
+    climax: Path | None,
+    arguments: list[str],
+    *,
+    pretrained_variables: Sequence[str] | None = None,
+    plan: bool = False,
 ) -> None:
     """Train, and then test where upstream's script does, with terrain-aware ClimaX.
 
@@ -30,6 +35,7 @@ def train(
         arguments: What the training script is called with: `--config FILE`, `--trainer.max_epochs=5`.
         pretrained_variables: Of the checkpoint that model.pretrained_path names, in its order; None: it, or the
             configuration beside it, says so, or it has ClimaX's 48.
+        plan: Print what the run would be, and do not start it.
 
     Raises:
         InputError: If ClimaX is another version, a configuration is wrong, or only the stand-in host
@@ -42,6 +48,7 @@ def train(
     from climax_elevation.upstream.launch import train_upstream
     from climax_elevation.upstream.lightning import training_errors
     from climax_elevation.upstream.locate import ClimaXNotFound, find_climax
+    from climax_elevation.upstream.plan import planning
 
     try:
         source = find_climax(climax)
@@ -50,7 +57,7 @@ def train(
             raise InputError(f"{module} needs ClimaX, the stand-in host has global_forecast alone: {error}") from None
         source, why = None, str(error)
     scratch = tempfile.TemporaryDirectory(prefix="climax-elevation-")
-    with scratch as folder, training_errors(), stating(pretrained_variables):
+    with scratch as folder, training_errors(), stating(pretrained_variables), planning(plan):
         if source is None:
             _say("host: stand-in, which is not ClimaX (%s)", why)
             _train_stand_in(modernize(arguments, Path(folder), stand_in=True))

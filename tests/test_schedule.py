@@ -6,10 +6,12 @@ import pytest
 import tiny_data
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from test_launch import ON, forecasting
 
 from climax_elevation import InputError
 from climax_elevation.data.shares import Share
 from climax_elevation.host.shards import GlobalForecastDataModule
+from climax_elevation.train import train
 from climax_elevation.upstream.schedule import check_shares, check_validation, count_shares, steps_an_epoch
 
 
@@ -111,3 +113,46 @@ def test_a_validation_that_never_comes_is_refused(options, message, stopping):
 )
 def test_a_validation_that_comes_is_not(options):
     check_validation(trainer(**options), 10)
+
+
+@pytest.fixture(params=["stand-in", "ClimaX"])
+def host(request):
+    """What `train` takes for a copy of ClimaX."""
+    if request.param == "ClimaX":
+        pytest.importorskip("torchvision")
+        return request.getfixturevalue("climax")
+    request.getfixturevalue("no_climax")
+    return None
+
+
+def test_the_plan_is_printed_and_nothing_is_started(host, root, tmp_path, capsys):
+    out = tmp_path / "out"
+    train(
+        "global_forecast", host, [*forecasting(root, out, epochs=3), ON, "--trainer.limit_train_batches=4"], plan=True
+    )
+    said = capsys.readouterr().out
+    for line in (
+        "bias: PhysicsBias in blocks 0 of 2, engine ",
+        "processes: 1 (1 nodes of 1)",
+        "train: 19 samples in 4 shards, 19 a process, 10 batches",
+        "4 steps an epoch, 12 in all, 3 epochs: up to 24 samples seen",
+        "tokens: 32 a sample, 64 a step and process",
+        "parameters: ",
+        f"results: {out}",
+    ):
+        assert line in said, line
+    assert not out.exists()
+
+
+def test_real_shards_that_do_not_reach_are_refused_before_a_process_starts(climax, root, tmp_path):
+    more = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.num_workers=1"]
+    with pytest.raises(InputError, match="test has 1 shards, and 2 processes of 1 readers each take whole ones"):
+        train("global_forecast", climax, [*forecasting(root, tmp_path / "out"), *more])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_validation_is_refused_at_its_start(host, root, tmp_path):
+    more = ["--trainer.max_steps=2"]
+    with pytest.raises(InputError, match="ModelCheckpoint waits for 'val/w_rmse', and the run ends after 2 batches"):
+        train("global_forecast", host, [*forecasting(root, tmp_path / "out"), *more])
+    assert not (tmp_path / "out").exists()

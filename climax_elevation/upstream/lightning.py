@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import os
 import pickle
 import re
@@ -28,9 +29,12 @@ from climax_elevation.errors import InputError
 from climax_elevation.files import check_folder
 from climax_elevation.health import StopNotFinite, check_statistics
 from climax_elevation.training import TerrainCallback, check_datamodule
+from climax_elevation.upstream.plan import stop_at_plan
 from climax_elevation.upstream.resuming import GoOn, best_checkpoint
-from climax_elevation.upstream.schedule import announce, check_shares, check_validation, count_shares
+from climax_elevation.upstream.schedule import announced, check_shares, check_validation, count_shares
 from climax_elevation.upstream.settings import check_settings
+
+logger = logging.getLogger(__name__)
 
 OWN, LIGHTNING = "climax_elevation", ("pytorch_lightning", "lightning_fabric")
 # what the parser says, and how it is said here
@@ -124,10 +128,10 @@ class TrainingCLI(LightningCLI):
             # a script without that series does not hand it on
             self.trainer.fit = functools.partial(self.trainer.fit, ckpt_path=self.config.ckpt_path)  # type: ignore[method-assign]
         self._check_folders()
-        self._check_schedule()
         trainer: Any = self.trainer
         if any(isinstance(callback, TerrainCallback) for callback in trainer.callbacks):
             check_datamodule(self.model, self.datamodule)
+        self._check_schedule()
         if self.config.trainer.fast_dev_run:
             # upstream's scripts test the best checkpoint, and this saves none
             self.trainer.test = _without_checkpoint(self.trainer.test)  # type: ignore[method-assign]
@@ -138,13 +142,14 @@ class TrainingCLI(LightningCLI):
         trainer: Any = self.trainer
         processes = trainer.num_nodes * trainer.num_devices
         shares = count_shares(self.datamodule, processes)
-        if not shares:
-            return
-        hparams: Any = self.datamodule.hparams
-        check_shares(shares, processes, hparams["num_workers"])
-        check_validation(trainer, shares[0].batches)
+        batch_size: Any = getattr(self.datamodule.hparams, "batch_size", 1)
+        if shares:
+            check_shares(shares, processes, getattr(self.datamodule.hparams, "num_workers", 0))
+            check_validation(trainer, shares[0].batches)
+        stop_at_plan(trainer, self.model, self.datamodule, shares, processes)
         if getattr(rank_zero_only, "rank", 0) == 0:
-            announce(trainer, shares, processes, hparams["batch_size"])
+            for line in announced(trainer, shares, processes, batch_size):
+                logger.info("%s", line)
 
     def _check_folders(self) -> None:
         """Before anything is written, that all can be."""

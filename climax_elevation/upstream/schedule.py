@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from climax_elevation.data.format import PARTITIONS
 from climax_elevation.data.shares import Share
 from climax_elevation.errors import InputError
 from climax_elevation.files import npz_shapes
-
-logger = logging.getLogger(__name__)
 
 
 def count_shares(datamodule: Any, processes: int) -> list[Share]:
@@ -119,26 +116,18 @@ def check_validation(trainer: Trainer, batches: int) -> None:
         )
 
 
-def announce(trainer: Trainer, shares: Sequence[Share], processes: int, batch_size: int) -> None:
-    """Say who reads how much, and how far the run goes."""
+def announced(trainer: Trainer, shares: Sequence[Share], processes: int, batch_size: int) -> Iterator[str]:
+    """Lines that say who reads how much, and how far the run goes."""
     for share in shares:
-        logger.info(
-            "%s: %d samples in %d shards, %d a process, %d batches%s",
-            share.part,
-            share.samples,
-            share.shards,
-            share.fewest,
-            share.batches,
-            f"; {share.left_out} are left out of an epoch" if share.left_out else "",
+        left_out = f"; {share.left_out} are left out of an epoch" if share.left_out else ""
+        yield (
+            f"{share.part}: {share.samples} samples in {share.shards} shards, {share.fewest} a process, "
+            f"{share.batches} batches{left_out}"
         )
+    if not shares:
+        return
     an_epoch = steps_an_epoch(trainer, shares[0].batches)
     steps = steps_of_run(trainer, an_epoch)
     if steps is not None and an_epoch:
-        logger.info(
-            "%d steps an epoch, %d in all, in %g epochs: %d samples on %d processes",
-            an_epoch,
-            steps,
-            round(steps / an_epoch, 2),
-            steps * trainer.accumulate_grad_batches * batch_size * processes,
-            processes,
-        )
+        samples = steps * trainer.accumulate_grad_batches * batch_size * processes
+        yield f"{an_epoch} steps an epoch, {steps} in all, {steps / an_epoch:.3g} epochs: up to {samples} samples seen"
