@@ -76,7 +76,7 @@ def _bias(net: Any, blocks: Sequence[tuple[int, TerrainBlock]], tokens: int) -> 
 
 
 def _memory(net: Any, blocks: Sequence[tuple[int, TerrainBlock]], tokens: int, batch_size: int) -> Iterator[str]:
-    """What attention with a bias keeps for backward on each device, in float32, by engine; the least, without a rest."""
+    """What attention with a bias keeps for backward on each device, in float32, by engine."""
     if not blocks:
         return
     heads = int(net.blocks[0].attn.num_heads)
@@ -85,9 +85,10 @@ def _memory(net: Any, blocks: Sequence[tuple[int, TerrainBlock]], tokens: int, b
     whole = len(blocks) * tokens**2 * 4 / MIB
     factors = sum(block.attn.bias.has_factors for _, block in blocks)
     masks = (len(blocks) - factors) / len(blocks)
+    dense, mask = SCORES_KEPT * batch_size * heads * whole, samples * masks * whole
     yield (
-        f"memory of the bias a device, over attention without: dense {SCORES_KEPT * batch_size * heads * whole:.1f} MiB, "
-        f"sdpa {samples * masks * whole:.1f} MiB a head of the bias, tiled a tile at a time"
+        f"memory of the bias a device, over attention without: dense {dense:.1f} MiB, sdpa {mask:.1f} MiB a head of the "
+        "bias, tiled a tile at a time"
     )
 
 
