@@ -87,8 +87,8 @@ def _memory(net: Any, blocks: Sequence[tuple[int, TerrainBlock]], tokens: int, b
     masks = (len(blocks) - factors) / len(blocks)
     dense, mask = SCORES_KEPT * batch_size * heads * whole, samples * masks * whole
     yield (
-        f"memory of the bias a device, over attention without: dense {dense:.1f} MiB, sdpa {mask:.1f} MiB a head of the "
-        "bias, tiled a tile at a time"
+        f"memory of the bias a device, over attention without: dense {dense:.1f} MiB, sdpa {mask:.1f} MiB a head of "
+        "the bias, tiled a tile at a time"
     )
 
 
