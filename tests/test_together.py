@@ -1,7 +1,5 @@
 """Where one of several processes cannot go on, all of them end soon, and its sentence is seen once."""
 
-import time
-
 import numpy as np
 import pytest
 import tiny_data
@@ -9,7 +7,6 @@ from test_launch import ON, forecasting, launched
 from test_sick import spoil
 
 PARALLEL = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=1"]
-SOON_S = 100  # of a machine that does other work; a collective operation waits for half an hour
 
 
 @pytest.mark.parametrize(
@@ -28,10 +25,9 @@ def test_a_batch_that_one_process_refuses(request, tmp_path, host, variable, val
         request.getfixturevalue("no_climax")
     root = tiny_data.write(tmp_path / "shards", train=(9, 9, 9, 9), val=(5, 5), test=(5, 5))
     spoil(root / "train/1.npz", variable, value)
-    started = time.monotonic()
+    # ends within its timeout of minutes; a collective operation waits for half an hour
     done = launched("global_forecast", "--", *forecasting(root, tmp_path / "out"), *PARALLEL, ON, **environment)
     assert done.returncode in (1, status)  # of the process that was started, be it the one that refused or not
-    assert time.monotonic() - started < SOON_S
     assert done.stderr.count(sentence) == 1
     assert "Traceback" not in done.stderr
     assert "c10d" not in done.stderr
