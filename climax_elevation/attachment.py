@@ -82,7 +82,8 @@ def attach(model: nn.Module, bias_type: str = "physics", **arguments: Any) -> No
     grid = (host_model.img_size[0] // host_model.patch_size, host_model.img_size[1] // host_model.patch_size)
     biases = {index: built_bias(bias_type, host, grid, arguments) for index, host in hosts.items()}
     needs_wind = options.patch_order != "raster" or any(bias.needs & WIND_FIELDS for bias in biases.values())
-    seam = _seam(host_model, options, needs_wind).to(next(model.parameters()).device)
+    needs_land = any("land" in bias.needs for bias in biases.values())
+    seam = _seam(host_model, options, needs_wind, needs_land).to(next(model.parameters()).device)
     _check_variables(host_model.default_vars, seam, options.elevation_file)
     if options.stats_dir is not None:
         read_folder(seam, options.stats_dir)
@@ -166,7 +167,7 @@ def _attached(model: nn.Module) -> tuple[Host | None, list[tuple[nn.Module, str,
     return host, places
 
 
-def _seam(model: Host, options: AttachOptions, needs_wind: bool) -> TerrainSeam:
+def _seam(model: Host, options: AttachOptions, needs_wind: bool, needs_land: bool) -> TerrainSeam:
     file = options.elevation_file
     eastward, northward = options.wind_variables
     return TerrainSeam(
@@ -182,6 +183,7 @@ def _seam(model: Host, options: AttachOptions, needs_wind: bool) -> TerrainSeam:
         grid_spacing_m=options.grid_spacing_m,
         control=options.control,
         control_seed=options.control_seed,
+        land_variable=options.land_variable if needs_land else None,
     )
 
 
@@ -226,6 +228,11 @@ def _check_variables(known: Sequence[str], reader: TerrainReader, elevation_file
                 f"the bias needs wind, and the model's default_vars ({', '.join(known)}) lack {name!r}: add it, name "
                 "another with wind_variables, or set wind: false"
             )
+    if reader.land_variable is not None and reader.land_variable not in known:
+        raise InputError(
+            f"the bias needs the share of land, and the model's default_vars ({', '.join(known)}) lack "
+            f"{reader.land_variable!r}: add it, name another with land_variable, or leave out land: true"
+        )
 
 
 def terrain_block(host: nn.Module, bias: ElevationBias, engine: str) -> TerrainBlock:

@@ -40,6 +40,9 @@ class AttachOptions:
         "",
         "channels that hold eastward and northward wind; read if the bias needs wind",
     )
+    land_variable: str = _option(
+        "land_sea_mask", "str", "", "channel that holds the share of land; read if the bias needs it"
+    )
     elevation_file: str | None = _option(
         None, "path", "m", "static field (.nc, .npz, .npy) instead of the channel; a finer one is averaged by area"
     )
@@ -85,8 +88,9 @@ class AttachOptions:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str | PathLike) or not str(value)):
                 raise InputError(f"{name} is a path, not {value!r}")
-        if not _is_name(self.elevation_variable):
-            raise InputError(f"elevation_variable names a channel, not {self.elevation_variable!r}")
+        for name in ("elevation_variable", "land_variable"):
+            if not _is_name(getattr(self, name)):
+                raise InputError(f"{name} names a channel, not {getattr(self, name)!r}")
         check_blocks(self.blocks)
         check_engine(self.engine)
         one_of("patch_order", self.patch_order, PATCH_ORDERS)

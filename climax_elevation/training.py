@@ -237,7 +237,7 @@ def _read(reader: TerrainSeam, datamodule: Any) -> None:
 
 def _read_mixed_sources(reader: TerrainSeam, transforms: dict[str, Any], variables: Any, source: str) -> None:
     """Several sources share one model: they have to agree on every channel that the terrain is read from."""
-    wanted = {reader.elevation_variable, *(reader.wind_variables or ())}
+    wanted = {reader.elevation_variable, *(reader.wind_variables or ()), reader.land_variable}
     seen: dict[str, tuple[float, float, str]] = {}
     for key, transform in transforms.items():
         for name, mean, std in zip(variables[key], transform.mean, transform.std, strict=True):

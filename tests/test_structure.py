@@ -9,7 +9,8 @@ from terrains import global_terrain
 
 from climax_elevation import InputError, Terrain, biased_attention
 from climax_elevation.bias import StructureBias
-from climax_elevation.terrain.controls import level
+from climax_elevation.host import StandInClimaX
+from climax_elevation.terrain.controls import level, mirrored, permuted
 
 RADIUS_M = 6.371e6
 
@@ -271,6 +272,78 @@ def test_lengths_of_stations_begin_as_shares_of_the_square_that_they_are_spread_
         StructureBias(4, (8, 8)).prepare(stations([1.0, 1.0], [2.0, 2.0], [0.0, 100.0]))
 
 
+def with_land(terrain, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return replace(terrain, land=torch.rand(terrain.elevation_m.shape, generator=generator, dtype=torch.float64))
+
+
+def test_the_share_of_land_is_a_third_term():
+    terrain = with_land(global_terrain())
+    both, heights = made(terrain, land=True), made(terrain)
+    with torch.no_grad():
+        both.log_land.copy_(torch.tensor([0.25, 0.5, 1.0, 2.0]).log())
+    values = both(*both.inputs(terrain))
+    for h, share in enumerate((0.25, 0.5, 1.0, 2.0)):
+        for i, j in ((0, 1), (5, 30), (17, 17)):
+            apart = (terrain.land[0, i] - terrain.land[0, j]).item()
+            expected = heights(*heights.inputs(terrain))[0, h, i, j].item() - apart**2 / (2 * share**2)
+            assert values[0, h, i, j].item() == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    f, g = both.factors(*both.inputs(terrain))
+    assert f.shape[-1] == 7
+    torch.testing.assert_close((f @ g.transpose(-1, -2)).softmax(-1), values.softmax(-1), rtol=1e-9, atol=1e-12)
+    values.square().sum().backward()
+    assert (both.log_land.grad != 0).all()
+    only_land = made(terrain, land=True, vertical=False)
+    assert [name for name, _ in only_land.named_parameters()] == ["log_length", "log_land"]
+    with pytest.raises(InputError, match="needs the share of land, and this terrain has none: give a channel"):
+        both.inputs(replace(terrain, land=None))
+
+
+def test_controls_are_of_the_land_too():
+    terrain = with_land(global_terrain())
+    assert torch.equal(mirrored(terrain).land.unflatten(1, (4, 8)), terrain.land.unflatten(1, (4, 8)).flip(2))
+    assert torch.equal(
+        mirrored(terrain).elevation_m.unflatten(1, (4, 8)), terrain.elevation_m.unflatten(1, (4, 8)).flip(2)
+    )
+    order = torch.randperm(32)
+    assert torch.equal(permuted(terrain, order).land, terrain.land[:, order])
+    assert (level(terrain).land == 1).all()
+    assert torch.equal(terrain.select([3, 1]).land, terrain.land[:, [3, 1]])
+    places = Terrain.of_points(terrain.elevation_m[0], terrain.lat, terrain.lon, land=terrain.land[0])
+    assert torch.equal(places.land, terrain.land)
+
+
+def host(**bias_args):
+    names = ["orography", "land_sea_mask"]
+    arguments = {"blocks": "all", "land": True, **bias_args}
+    flags = {"use_physics_mask": True, "bias_type": "structure", "bias_args": arguments}
+    made = StandInClimaX(names, [8, 16], patch_size=2, embed_dim=32, depth=1, decoder_depth=1, num_heads=4, **flags)
+    made.terrain.set_statistics(
+        {"orography": 800.0, "land_sea_mask": 0.3}, {"orography": 900.0, "land_sea_mask": 0.4}, "a"
+    )
+    made.terrain.set_grid(torch.linspace(-70, 70, 8).numpy(), torch.arange(0, 360, 22.5).numpy(), "a")
+    return made, names
+
+
+def test_a_model_reads_the_share_of_land_from_its_channel():
+    model, names = host()
+    share = torch.rand(2, 8, 16)
+    x = torch.stack([torch.rand(2, 8, 16) * 3, (share - 0.3) / 0.4], dim=1)
+    terrain = model.terrain(x, torch.zeros(2), names)
+    torch.testing.assert_close(terrain.land, torch.nn.functional.avg_pool2d(share[:, None], 2).flatten(1))
+    model(x, None, torch.zeros(2), names, names, None, None)[1].square().sum().backward()
+    assert (model.blocks[0].attn.bias.log_land.grad != 0).all()
+    assert {"terrain.land_mean", "terrain.land_std"} <= set(model.state_dict())
+    assert host(land=False)[0].terrain(x, None, names).land is None
+    assert not any("land" in key for key in host(land=False)[0].state_dict())
+    with pytest.raises(InputError, match="the share of land from channel 'land_sea_mask' is .* in per cent"):
+        model.terrain(torch.stack([x[:, 0], 100 * x[:, 1]], dim=1), torch.zeros(2), names)
+    with pytest.raises(InputError, match="needs the share of land, and the model's default_vars .* lack 'lsm'"):
+        host(land_variable="lsm")
+    with pytest.raises(InputError, match="land_variable names a channel"):
+        host(land_variable="")
+
+
 def test_what_does_not_fit_is_refused():
     terrain = global_terrain()
     bias = made(terrain)
@@ -284,12 +357,12 @@ def test_what_does_not_fit_is_refused():
     for wrong in (position[0], position[..., :1]):
         with pytest.raises(InputError, match=r"position is \[batch or 1, tokens, 3\]"):
             bias(wrong, elevation)
-    with pytest.raises(InputError, match="elevation is"):
+    with pytest.raises(InputError, match=r"elevation is \[batch or 1, tokens\]"):
         bias(position, elevation[0])
-    with pytest.raises(InputError, match="vertical=True: give elevation"):
+    with pytest.raises(InputError, match="takes position and elevation, not 1 tensors"):
         bias(position)
     without = made(terrain, vertical=False)
-    with pytest.raises(InputError, match="vertical=False: leave elevation out"):
+    with pytest.raises(InputError, match="vertical=False and land=False takes position, not 2 tensors"):
         without(position, elevation)
     with pytest.raises(InputError, match="vertical is true or false, not 1"):
         StructureBias(2, terrain.grid, vertical=1)

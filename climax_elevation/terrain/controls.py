@@ -14,8 +14,9 @@ CONTROLS = ("none", "flat", "mirrored", "permuted")
 
 
 def level(terrain: Terrain) -> Terrain:
-    """All ground at 0 m."""
-    return replace(terrain, elevation_m=torch.zeros_like(terrain.elevation_m))
+    """All ground at 0 m, and land."""
+    land = None if terrain.land is None else torch.ones_like(terrain.land)
+    return replace(terrain, elevation_m=torch.zeros_like(terrain.elevation_m), land=land)
 
 
 def mirrored(terrain: Terrain) -> Terrain:
@@ -26,16 +27,17 @@ def mirrored(terrain: Terrain) -> Terrain:
     if terrain.points:
         terrain.require({"lon"}, "control: mirrored")
         eastward = terrain.lon.argsort(stable=True)  # type: ignore[union-attr]
-        heights = torch.empty_like(terrain.elevation_m)
-        heights[:, eastward] = terrain.elevation_m[:, eastward.flip(0)]
-        return replace(terrain, elevation_m=heights)
-    fields = terrain.elevation_m.unflatten(1, terrain.grid)
-    return replace(terrain, elevation_m=fields.flip(2).flatten(1))
+        order = torch.empty_like(eastward)
+        order[eastward] = eastward.flip(0)
+        return permuted(terrain, order)
+    patches = torch.arange(terrain.elevation_m.shape[1], device=terrain.elevation_m.device)
+    return permuted(terrain, patches.unflatten(0, terrain.grid).flip(1).flatten())
 
 
 def permuted(terrain: Terrain, order: Tensor) -> Terrain:
-    """The heights of the patches shuffled: the same heights, without their relief."""
-    return replace(terrain, elevation_m=terrain.elevation_m[:, order])
+    """The ground of the patches in another order: shuffled, the same heights without their relief."""
+    land = None if terrain.land is None else terrain.land[:, order]
+    return replace(terrain, elevation_m=terrain.elevation_m[:, order], land=land)
 
 
 def shuffled(count: int, seed: int) -> Tensor:

@@ -24,6 +24,7 @@ REMEDIES = {
     "lat": _PLACE,
     "lon": _PLACE,
     "lead_hours": ("a lead time", "choose another bias: climate projection has none, forecasts hand theirs on"),
+    "land": ("the share of land", "give a channel of it by land_variable, or leave out land: true"),
     "spacing_m": ("the spacing of a plane grid", "give grid_spacing_m"),
 }
 
@@ -82,6 +83,7 @@ class Terrain:
         lead_hours: Forecast lead time, hours, `[B]`, or None.
         spacing_m: Distance between neighbouring patch centres of a plane grid, metres, or None.
         patch_ids: Row-major indices in `grid` of the L patches, `[L]`; None where they are all.
+        land: Share of land of each patch, from 0 to 1, `[B or 1, L]`, or None.
         points: Whether tokens are places that are no grid, such as stations (`of_points`); `grid` is then (1, L).
     """
 
@@ -96,6 +98,7 @@ class Terrain:
     spacing_m: float | None = None
     patch_ids: Tensor | None = None
     points: bool = False
+    land: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.elevation_m.dim() != 2:
@@ -103,7 +106,7 @@ class Terrain:
         tokens = self.elevation_m.shape[1]
         if self.patch_ids is None and tokens != self.grid[0] * self.grid[1]:
             raise InputError(f"a grid of {self.grid[0]} x {self.grid[1]} patches does not have {tokens} of them")
-        for name in ("u", "v", "speed", "lat", "lon", "patch_ids"):
+        for name in ("u", "v", "speed", "lat", "lon", "patch_ids", "land"):
             value = getattr(self, name)
             if value is not None and value.shape[-1] != tokens:
                 raise InputError(f"{name} has {value.shape[-1]} patches, and elevation_m has {tokens}")
@@ -119,6 +122,7 @@ class Terrain:
         v: Tensor | None = None,
         speed: Tensor | None = None,
         lead_hours: Tensor | None = None,
+        land: Tensor | None = None,
     ) -> Terrain:
         """The terrain of places that are no grid, a token each: stations.
 
@@ -132,6 +136,7 @@ class Terrain:
             u, v: Eastward and northward wind, m/s, `[B or 1, L]`.
             speed: Wind speed, m/s, `[B or 1, L]`; None: that of u and v, where they are given.
             lead_hours: Forecast lead time, hours, `[B]`.
+            land: Share of land around each place, from 0 to 1, `[L]` or `[B or 1, L]`.
 
         Raises:
             InputError: If there is one place only, numbers are not finite, or two places are the same.
@@ -140,7 +145,8 @@ class Terrain:
         if speed is None and u is not None and v is not None:
             speed = torch.hypot(u, v)
         tokens = elevation_m.shape[-1]
-        terrain = cls(elevation_m, (1, tokens), u, v, speed, lat, lon, lead_hours, points=True)
+        land = land[None] if land is not None and land.dim() == 1 else land
+        terrain = cls(elevation_m, (1, tokens), u, v, speed, lat, lon, lead_hours, points=True, land=land)
         if tokens < 2:
             raise InputError(f"attention is between two places or more, not {tokens}: give more stations")
         check_finite(elevation_m, "elevation_m", "metres")
@@ -201,7 +207,7 @@ class Terrain:
         ids = torch.as_tensor(patch_ids, dtype=torch.long, device=self.elevation_m.device)
         per_patch = {
             name: value[..., ids]
-            for name in ("elevation_m", "u", "v", "speed", "lat", "lon")
+            for name in ("elevation_m", "u", "v", "speed", "lat", "lon", "land")
             if (value := getattr(self, name)) is not None
         }
         if self.points:

@@ -27,6 +27,13 @@ GROUND_MAY_MOVE_M = 1.0  # rounding of a standardised channel, and no more
 LEAST_CORRELATION = 0.9  # of an elevation file with the orography channel
 LEVEL_M = 1e-3  # a standard deviation below this is rounding; of a standardised channel:
 LEVEL_CHANNEL = 1e-5
+LAND = (-0.01, 1.01)  # shares, with room for rounding
+UNITS = {"elevation": "metres", "wind": "m/s", "land": "shares from 0 to 1"}
+WITHOUT = {
+    "elevation": "give bias_args.elevation_file, in metres",
+    "wind": "set bias_args.wind: false",
+    "land": "leave out land: true",
+}
 HOURS_PER_LEAD_TIME = 100.0  # ClimaX feeds lead times in hundreds of hours
 
 
@@ -52,6 +59,7 @@ class TerrainReader(nn.Module):
         grid_spacing_m: Distance between pixels of a plane grid, metres; None: latitudes and longitudes tell.
         control: One of `CONTROLS`: what biases see in the place of the ground.
         control_seed: By which "permuted" shuffles.
+        land_variable: Name of the channel of the share of land; None: it is not read.
     """
 
     _engines = ""  # that are in use, where blocks are known
@@ -61,6 +69,8 @@ class TerrainReader(nn.Module):
     elevation_std: Tensor
     wind_mean: Tensor
     wind_std: Tensor
+    land_mean: Tensor
+    land_std: Tensor
     lat: Tensor
     lon: Tensor
 
@@ -77,6 +87,7 @@ class TerrainReader(nn.Module):
         grid_spacing_m: float | None = None,
         control: str = "none",
         control_seed: int = 0,
+        land_variable: str | None = None,
     ) -> None:
         super().__init__()
         self.img_size = (int(img_size[0]), int(img_size[1]))
@@ -84,6 +95,7 @@ class TerrainReader(nn.Module):
         self.grid = (self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size)
         self.elevation_variable = elevation_variable
         self.wind_variables = wind_variables
+        self.land_variable = land_variable
         self.static_terrain = static_terrain
         self.terrain_is_flat = terrain_is_flat
         self.spacing_m = None if grid_spacing_m is None else grid_spacing_m * self.patch_size
@@ -91,6 +103,8 @@ class TerrainReader(nn.Module):
         tokens = self.grid[0] * self.grid[1]
         shapes = {"elevation_m": (1, tokens), "elevation_mean": (), "elevation_std": (), "wind_mean": (2,)}
         shapes |= {"wind_std": (2,), "lat": (tokens,), "lon": (tokens,)}
+        if land_variable is not None:
+            shapes |= {"land_mean": (), "land_std": ()}
         for name, shape in shapes.items():
             self.register_buffer(name, torch.full(shape, math.nan, dtype=torch.float32))
         self.control_order: Tensor
@@ -117,6 +131,7 @@ class TerrainReader(nn.Module):
             InputError: If they disagree with what is known, or a standard deviation is not above 0.
         """
         wanted = {"elevation": (self.elevation_variable,), "wind": self.wind_variables or ()}
+        wanted["land"] = () if self.land_variable is None else (self.land_variable,)
         for kind, variables in wanted.items():
             lacking = [name for name in variables if name not in mean or name not in std]
             if lacking:
@@ -270,6 +285,7 @@ class TerrainReader(nn.Module):
                 lon=self.lon if "lon" in self._sources else None,
                 lead_hours=None if lead_times is None else lead_times.float() * HOURS_PER_LEAD_TIME,
                 spacing_m=self.spacing_m,
+                land=self._land(x, variables),
             )
         terrain = replace(terrain, elevation_m=self._judged(terrain, x, variables))
         if not self._announced:
@@ -292,6 +308,15 @@ class TerrainReader(nn.Module):
         u, v = winds.unbind(1)
         return downsample_wind(u, v, self.patch_size)
 
+    def _land(self, x: Tensor, variables: Sequence[str]) -> Tensor | None:
+        if self.land_variable is None:
+            return None
+        channel = x[:, list(variables).index(self.land_variable)].float()
+        if self.static_terrain:
+            channel = channel[:1]
+        land = downsample_elevation(channel, self.patch_size) * self.land_std + self.land_mean
+        return judged(land, torch.stack(land.detach().aminmax()), _check_land, self.land_variable)
+
     # ---- checks, at every forward --------------------------------------------------------------
 
     def _check_known(self, x: Tensor, variables: Sequence[str]) -> None:
@@ -311,9 +336,11 @@ class TerrainReader(nn.Module):
             self._check_channel(self.elevation_variable, "elevation", variables)
         for name in self.wind_variables or ():
             self._check_channel(name, "wind", variables)
+        if self.land_variable is not None:
+            self._check_channel(self.land_variable, "land", variables)
 
     def _check_channel(self, name: str, kind: str, variables: Sequence[str]) -> None:
-        without = "give bias_args.elevation_file, in metres" if kind == "elevation" else "set bias_args.wind: false"
+        without = WITHOUT[kind]
         if name not in variables:
             raise InputError(
                 f"the terrain bias reads {name!r}, and the input has only {', '.join(variables)}: add it, or {without}"
@@ -321,7 +348,7 @@ class TerrainReader(nn.Module):
         if f"{kind}_std" not in self._sources:
             raise InputError(
                 f"the terrain bias needs the mean and standard deviation that standardised {name!r}, to have it in "
-                f"{'metres' if kind == 'elevation' else 'm/s'}{self._asked(kind)}: add "
+                f"{UNITS[kind]}{self._asked(kind)}: add "
                 "climax_elevation.training.TerrainCallback to the trainer's callbacks, or set bias_args.stats_dir to "
                 f"the folder of normalize_mean.npz and normalize_std.npz, or {without}"
             )
@@ -466,4 +493,14 @@ def _check_values(numbers: list[float], origin: str, channel: str, winds: str, f
         raise InputError(
             f"patch-mean wind speed reaches {fastest:.0f} m/s, above {FASTEST_M_S:.0f}: are {winds} standardised by "
             "other statistics?"
+        )
+
+
+@judge
+def _check_land(numbers: list[float], channel: str) -> None:
+    low, high = numbers
+    if not LAND[0] <= low <= high <= LAND[1]:
+        raise InputError(
+            f"the share of land from channel {channel!r} is {low:.2f} to {high:.2f}, and not within 0 to 1: is it "
+            "standardised by other statistics, or in per cent?"
         )
