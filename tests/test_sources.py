@@ -375,3 +375,15 @@ def test_options_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert joined(out)["orography"][0, 0, 0] == 0
     assert main(["prepare", str(two[0]), str(tmp_path / "no"), "--select", "step"]) == 2
     assert "--select takes NAME=VALUE, such as step=6, not 'step'" in capsys.readouterr().err
+
+
+def test_units_of_what_was_renamed_and_text(tmp_path: Path) -> None:
+    source = alps().drop_vars("orography").assign(z=(GRID, (ground() * 9.80665).astype("f4") / 20))
+    source["flag"] = (("time", *GRID), np.full((STEPS, HEIGHT, WIDTH), b"x"))
+    path = write(source, tmp_path / "s.nc")
+    with pytest.raises(InputError, match="it names no unit: state the unit with the option units"):
+        prepare(path, tmp_path / "out")
+    done = prepare(path, tmp_path / "out", units={"z": "m2 s-2"})
+    np.testing.assert_allclose(joined(done.out)["orography"][0], ground() / 20, rtol=1e-6)
+    with pytest.raises(InputError, match="'flag' in the source holds .* and no numbers"):
+        prepare(path, tmp_path / "text", units={"z": "m2 s-2"}, variables=["flag", "t2m"])
