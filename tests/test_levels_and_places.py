@@ -145,8 +145,17 @@ def test_a_quarter_degree_in_float32_goes_round(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(done.out / "lon.npy"), 0.5 * np.arange(8))
 
 
-@pytest.mark.parametrize("number", [-9999.0, 9.96921e36, 1e20, -32767.0, 9.999e20])
-@pytest.mark.parametrize("name", ["cloud", "z_500", "tisr"])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("cloud", -9999.0),
+        ("cloud", 9.96921e36),
+        ("z_500", -9999.0),
+        ("z_500", 1e20),
+        ("tisr", -32767.0),
+        ("cloud", 1e15),
+    ],
+)
 def test_sentinels_in_any_variable(tmp_path: Path, number: float, name: str) -> None:
     field = values(500, 50)
     field[33, 2, 3] = number

@@ -269,6 +269,7 @@ def test_members(tmp_path: Path) -> None:
     np.testing.assert_array_equal(joined(done.out)[T2M], source["t2m"] + 2)
 
 
+OF_GRIB = 20  # steps, as writing messages takes its time
 MESSAGE = {"Ni": WIDTH, "Nj": HEIGHT, "iDirectionIncrementInDegrees": 0.5, "jDirectionIncrementInDegrees": 0.5}
 CORNERS = {
     **{"latitudeOfFirstGridPointInDegrees": LAT[-1], "latitudeOfLastGridPointInDegrees": LAT[0]},
@@ -314,10 +315,10 @@ def test_grib_of_mixed_levels_in_several_files(tmp_path: Path, given: str) -> No
     folder, fields = tmp_path / "in", grib_fields()
     folder.mkdir()
     if given == "file":
-        write_grib(folder / "a.grib", range(STEPS), fields)
+        write_grib(folder / "a.grib", range(OF_GRIB), fields)
     else:
-        write_grib(folder / "a.grib", range(15), fields)
-        write_grib(folder / "b", range(15, STEPS), fields)
+        write_grib(folder / "a.grib", range(8), fields)
+        write_grib(folder / "b", range(8, OF_GRIB), fields)
     before = sorted(path.name for path in folder.iterdir())
     source = {"folder": folder, "pattern": f"{folder}/*", "file": folder / "a.grib"}.get(
         given, sorted(folder.iterdir())
@@ -328,20 +329,20 @@ def test_grib_of_mixed_levels_in_several_files(tmp_path: Path, given: str) -> No
     expected = {T2M: 0, "temperature_500": 2, "temperature_850": 3, "u_component_of_wind_850": 4}
     assert set(done.variables) == {*expected, "orography", "lattitude"}
     for name, index in expected.items():
-        np.testing.assert_allclose(written[name], fields[index][3], atol=1e-4)  # packed into 24 bits
+        np.testing.assert_allclose(written[name], fields[index][3][:OF_GRIB], atol=1e-4)  # packed into 24 bits
     np.testing.assert_allclose(written["orography"][0], ground(), atol=1e-2)
     assert given != "files" or not prepare(source, tmp_path / "out", shard_steps=8).changed
 
 
 def test_grib_that_is_not_wanted_need_not_fit(tmp_path: Path) -> None:
     pytest.importorskip("cfgrib")
-    path = write_grib(tmp_path / "a.grib", range(STEPS), grib_fields())
+    path = write_grib(tmp_path / "a.grib", range(OF_GRIB), grib_fields())
     # precipitation over 6 and 12 hours from each time: another shape than the rest
     rain = [("tp", "surface", 0, np.abs(values(0, 1e-3, seed=6)))]
     for end in (6, 12):
-        write_grib(tmp_path / f"{end}.grib", range(STEPS), rain, startStep=0, endStep=end)
+        write_grib(tmp_path / f"{end}.grib", range(OF_GRIB), rain, startStep=0, endStep=end)
     path.write_bytes(b"".join((tmp_path / name).read_bytes() for name in ("a.grib", "6.grib", "12.grib")))
-    with pytest.raises(InputError, match=r"tp: 40 forecast runs .* of 2 lead times .* option variables"):
+    with pytest.raises(InputError, match=r"tp: 20 forecast runs .* of 2 lead times .* option variables"):
         prepare(path, tmp_path / "out")
     done = prepare(path, tmp_path / "out", variables=["2m_temperature", "t"], levels=[850])
     assert done.variables == (T2M, "temperature_850", "orography", "lattitude")
@@ -375,3 +376,15 @@ def test_options_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert joined(out)["orography"][0, 0, 0] == 0
     assert main(["prepare", str(two[0]), str(tmp_path / "no"), "--select", "step"]) == 2
     assert "--select takes NAME=VALUE, such as step=6, not 'step'" in capsys.readouterr().err
+
+
+def test_units_of_what_was_renamed_and_text(tmp_path: Path) -> None:
+    source = alps().drop_vars("orography").assign(z=(GRID, (ground() * 9.80665).astype("f4") / 20))
+    source["flag"] = (("time", *GRID), np.full((STEPS, HEIGHT, WIDTH), b"x"))
+    path = write(source, tmp_path / "s.nc")
+    with pytest.raises(InputError, match="it names no unit: state the unit with the option units"):
+        prepare(path, tmp_path / "out")
+    done = prepare(path, tmp_path / "out", units={"z": "m2 s-2"})
+    np.testing.assert_allclose(joined(done.out)["orography"][0], ground() / 20, rtol=1e-6)
+    with pytest.raises(InputError, match="'flag' in the source holds .* and no numbers"):
+        prepare(path, tmp_path / "text", units={"z": "m2 s-2"}, variables=["flag", "t2m"])

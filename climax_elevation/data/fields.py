@@ -154,8 +154,9 @@ class _Wanted:
 
 def _check_units_used(units: Mapping[str, str], dataset: xr.Dataset, constants: xr.Dataset | None) -> None:
     here = {str(name) for place in (dataset, constants) if place is not None for name in place.data_vars}
+    renamed = ("z", "geopotential") if "geopotential_at_surface" in here else ()
     for name in units:
-        if name not in (*here, *_COORDINATES) and all(name != variable.name for variable in VARIABLES):
+        if name not in (*here, *renamed, *_COORDINATES) and all(name != variable.name for variable in VARIABLES):
             raise InputError(f"units names {name!r}, but the source has {', '.join(sorted(here))}")
 
 
@@ -248,6 +249,8 @@ def _off_pressure(
 
 
 def _field(name: str, called: str, variable: Variable | None, array: xr.DataArray, units: Mapping[str, str]) -> Field:
+    if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
+        raise InputError(f"{called!r} in the source holds {array.dtype} and no numbers: leave it out")
     unit = unit_of((name, called if variable is None else variable.name, called), array, units)
     if variable is None:
         logger.info("%s is not one of ClimaX's variables: taken as it is, in %s", called, unit or "no stated unit")

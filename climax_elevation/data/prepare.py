@@ -198,7 +198,8 @@ def prepare(
         }
         _check_folder(out, identity)
         if "time" not in dataset.coords:
-            raise InputError(f"the source has no time coordinate: it has {', '.join(map(str, dataset.coords))}")
+            has = ", ".join(map(str, dataset.coords)) or "none"
+            raise InputError(f"the source has no time coordinate of dates (CF units, or WRF's Times): it has {has}")
         dataset = dataset.isel(time=slice(None, None, every))
         axis = read_times(dataset["time"])
         parts = split(axis, val_from, test_from)

@@ -26,7 +26,7 @@ class Selection:
     def __init__(self, chosen: Mapping[str, str] | None) -> None:
         self._chosen = {name: str(text) for name, text in (chosen or {}).items()}
         self._met: set[str] = set()
-        self._seen: dict[str, list[str]] = {name: [] for name in self._chosen}
+        self._seen: dict[str, dict[str, None]] = {name: {} for name in self._chosen}
         self._names: dict[str, None] = {}
 
     def __call__(self, part: xr.Dataset) -> xr.Dataset | None:
@@ -41,7 +41,7 @@ class Selection:
                 raise InputError(f"select {name}: {key!r} varies along {', '.join(map(str, along.dims))}: choose those")
             values = np.atleast_1d(along.to_numpy())
             at = np.flatnonzero(np.any([_same(values, one.strip()) for one in text.split(",")], axis=0))
-            self._seen[name] += [value for value in listed(values) if value not in self._seen[name]]
+            self._seen[name].update(dict.fromkeys(listed(values)))
             if not len(at):
                 return None
             self._met.add(name)

@@ -146,9 +146,10 @@ def _read(found: _Static, variable: Variable, grid: Grid, units: Mapping[str, st
         raise InputError(f"{found.name!r} is not on the grid {grid.dims}, but on {array.dims}")
     if "time" in array.dims:
         array = _unchanging(found.name, array)
-    unit = unit_of((variable.name, found.name), array, units)
+    names = (variable.name, found.name, *_ours(found.name))
+    unit = unit_of(names, array, units)
     if variable is OROGRAPHY:
-        unit = _unit_of_ground(found.name, array, unit, units)
+        unit = _unit_of_ground(found.name, array, unit, given=any(name in units for name in names))
     field = Field(variable.name, found.name, array, conversion(variable, unit, found.name), variable.valid)
     if field.linear != (1.0, 0.0):
         logger.info("%s: %r in %s times %g gives ClimaX's unit", field.name, found.name, unit, field.linear[0])
@@ -164,7 +165,12 @@ def _read(found: _Static, variable: Variable, grid: Grid, units: Mapping[str, st
     return values[0]
 
 
-def _unit_of_ground(called: str, array: xr.DataArray, unit: str | None, units: Mapping[str, str]) -> str | None:
+def _ours(called: str) -> tuple[str, ...]:
+    """What the source may have called a surface geopotential before it was renamed."""
+    return ("z", "geopotential") if called == "geopotential_at_surface" else ()
+
+
+def _unit_of_ground(called: str, array: xr.DataArray, unit: str | None, *, given: bool) -> str | None:
     """A geopotential gives itself away by what it is called, or where it is too large to be a height.
 
     Raises:
@@ -172,7 +178,6 @@ def _unit_of_ground(called: str, array: xr.DataArray, unit: str | None, units: M
     """
     geopotential = _says_geopotential(called, array)
     if unit is not None:
-        given = called in units or OROGRAPHY.name in units
         if geopotential and conversion(OROGRAPHY, unit, called) == (1.0, 0.0) and not given:
             raise InputError(
                 f"{called!r} says that it is geopotential, and that its unit is {unit!r}: say which with the option "

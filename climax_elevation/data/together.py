@@ -26,7 +26,7 @@ def one_file(file: str, parts: Sequence[xr.Dataset]) -> xr.Dataset:
     """
     if len(parts) == 1:
         return parts[0]
-    parts = _levels_apart(_by_own_name(parts))
+    parts = _levels_apart(_by_own_name(file, parts))
     first = next((part for part in parts if "time" in part.coords), parts[0])
     for part in parts:
         for name in ("time", "lat", "lon"):
@@ -70,21 +70,32 @@ def one_source(files: Sequence[tuple[str, xr.Dataset]], *, check_ground: bool) -
         ) from error
 
 
-def _by_own_name(parts: Sequence[xr.Dataset]) -> list[xr.Dataset]:
+def _by_own_name(file: str, parts: Sequence[xr.Dataset]) -> list[xr.Dataset]:
     """GRIB has one name for a variable on all kinds of levels: pressure keeps it, others get their kind in their name.
 
     Those on pressure levels come last, whatever their order in the file.
+
+    Raises:
+        InputError: If a variable is there twice on one kind of level.
     """
     ordered = sorted(parts, key=lambda part: "level" in part.coords)
-    found = {str(name) for part in parts if "level" in part.coords for name in part.data_vars}
+    reserved = {str(name) for part in parts if "level" in part.coords for name in part.data_vars}
+    kinds: set[tuple[str, str, bool]] = set()
     own = []
     for part in ordered:
+        pressure = "level" in part.coords
         names = {}
         for name, array in part.data_vars.items():
-            kind = array.attrs.get("GRIB_typeOfLevel")
-            if name in found and "level" not in part.coords and kind is not None:
-                names[name] = f"{name}_{kind}"
-            found.add(str(name))
+            called, kind = str(name), str(array.attrs.get("GRIB_typeOfLevel"))
+            if (called, kind, pressure) in kinds and not pressure:
+                raise InputError(
+                    f"{file} has {called} twice on {kind}, of other times or kinds: choose with the option select, or "
+                    "what else is wanted with the option variables"
+                )
+            kinds.add((called, kind, pressure))
+            if called in reserved and not pressure:
+                names[name] = f"{called}_{kind}"
+            reserved.add(called)
         own.append(part.rename(names))
     return own
 
