@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from climax_elevation.diagnostics import Run
 
 RUN_OPTIONS = ("part", "checkpoint", "data", "climax")
+DEMO_TASKS = ("gaps", "transport")
 INTERRUPTED = 130  # what a shell returns for a program that was stopped by Ctrl-C
 
 
@@ -76,13 +77,17 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="see terrain-aware attention work in two minutes, without ClimaX, data or network",
-        description="Trains the stand-in host on a simulated tracer over real terrain, without and with a terrain "
-        "bias, and draws what came out.",
+        help="see terrain-aware attention work in three minutes, without ClimaX, data or network",
+        description="Trains the stand-in host over real terrain, without and with a terrain bias, and draws what came "
+        "out. The task gaps infers hidden values of a simulated field whose covariance, and so the least possible "
+        "error, is known; transport forecasts a simulated tracer.",
     )
+    demo.add_argument("--task", choices=DEMO_TASKS, default="gaps", help="what is learned (default: gaps)")
     demo.add_argument("--region", default="asia", metavar="NAME", help="where (default: asia); a wrong name lists all")
     demo.add_argument(
-        "--bias", default="physics", metavar="NAME", help="which bias, or a sum: ridge+advection (default: physics)"
+        "--bias",
+        metavar="NAME",
+        help="which bias, or a sum: ridge+advection (default: structure; of transport: physics)",
     )
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="of data, weights and order (default: 0)")
     demo.add_argument("--out", type=_path, default=Path("demo"), metavar="OUT", help="folder (default: demo)")
@@ -259,9 +264,14 @@ def _add_opening_options(parser: argparse.ArgumentParser, data: str) -> None:
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> None:
-    from climax_elevation.testbed.demo import demo
+    if options.task == "transport":
+        from climax_elevation.testbed.transport import transport
 
-    print(demo(options.out, region=options.region, bias=options.bias, seed=options.seed))
+        print(transport(options.out, region=options.region, bias=options.bias or "physics", seed=options.seed))
+    else:
+        from climax_elevation.testbed.demo import demo
+
+        print(demo(options.out, region=options.region, bias=options.bias or "structure", seed=options.seed))
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> None:
@@ -337,7 +347,8 @@ def _pairs(option: str, example: str, given: list[str] | None) -> dict[str, str]
     pairs = dict(pair.partition("=")[::2] for pair in given or [])
     for name, value in pairs.items():
         if not value:
-            raise InputError(f"--{option} takes NAME=VALUE, such as {example}, not {name!r}")
+            kind = "UNIT" if option == "units" else "VALUE"
+            raise InputError(f"--{option} takes NAME={kind}, such as {example}, not {name!r}")
     return pairs
 
 

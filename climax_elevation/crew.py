@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from climax_elevation.errors import InputError, SickRun
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 FAILED, STOP, ENDING, DONE = (f"climax_elevation/{name}" for name in ("failed", "stop", "ending", "done"))
 LOOK_EVERY_S = 0.5
 ENDS_WITHIN_S = 10.0
+LEAD_S = 3.0
 STATUS = SickRun.status
 
 
@@ -61,9 +64,13 @@ class EndTogether(Callback):
         if isinstance(exception, InputError):
             print(f"error: {exception}", file=sys.stderr, flush=True)
             exception.said = True
+        if threading.current_thread() is threading.main_thread():
+            # Lightning answers SIGTERM, which launchers send now, by a collective operation
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         store.add(STOP, 1)
         _wait(lambda: store.add(ENDING, 0) >= trainer.world_size - 1)
-        _wait_for_parent(trainer)
+        if _started_by_lightning(trainer):
+            _wait_for_parent(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._store is None or self._watch is None or self._ending is None:
@@ -92,16 +99,23 @@ def _end_with_others(store: Store, trainer: Trainer, ending: threading.Event) ->
 
 
 def _acknowledge(store: Store, trainer: Trainer) -> None:
-    """Say that this process ends; the one that holds the store, of rank 0, is there until all have said so."""
+    """Say that this process ends, and let the one that failed end first, as launchers end all where one has ended."""
     store.add(ENDING, 1)
-    if trainer.global_rank == 0:
+    if trainer.global_rank == 0:  # it holds the store, and is there until all have said so
         _wait(lambda: store.add(ENDING, 0) >= trainer.world_size - 1)
         time.sleep(LOOK_EVERY_S)  # the one that failed looks there once more
-    _wait_for_parent(trainer)
+    if _started_by_lightning(trainer):
+        _wait_for_parent(trainer)
+    else:
+        time.sleep(LEAD_S)
+
+
+def _started_by_lightning(trainer: Trainer) -> bool:
+    return isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
 
 
 def _wait_for_parent(trainer: Trainer) -> None:
-    """Let the process end first that Lightning has started this one from: it is killed where this is gone."""
+    """Let the process end first that has started this one: Lightning kills it where this is gone."""
     parent = os.getppid()
     if trainer.local_rank:
         _wait(lambda: os.getppid() != parent)

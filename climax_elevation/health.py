@@ -172,8 +172,14 @@ def check_statistics(datamodule: Any) -> None:
     """Raise InputError unless all that a ClimaX data module standardises by is finite, and deviations above 0.
 
     Args:
-        datamodule: Has `transforms` and `output_transforms`, or `dataset_train` with its own, of mean and std.
+        datamodule: Has `transforms` and `output_transforms`, or `dataset_train` with its own, of mean and std; and may
+            have climatologies, which are to be finite too.
     """
+    for part in ("val", "test"):
+        climatology = getattr(datamodule, f"{part}_clim", None)
+        if isinstance(climatology, Tensor) and not bool(climatology.isfinite().all()):
+            path = Path(datamodule.hparams["root_dir"]) / part / "climatology.npz"
+            raise InputError(f"{path} has values that are not finite: prepare the data again")
     for transform, names, source in _transforms(datamodule):
         for kind in ("mean", "std"):
             for name, value in zip(names, np.ravel(np.asarray(getattr(transform, kind))), strict=False):

@@ -21,7 +21,7 @@ from reference.write_reference import fill
 
 from climax_elevation import InputError
 from climax_elevation.host import StandInClimaX, metrics
-from climax_elevation.host.module import GlobalForecastModule, warmup_cosine
+from climax_elevation.host.module import GlobalForecastModule, postfix, warmup_cosine
 from climax_elevation.host.shards import GlobalForecastDataModule
 from climax_elevation.pretrained import load_pretrained, stating
 from climax_elevation.upstream import find_climax, overlay
@@ -333,3 +333,17 @@ def test_the_command_line_can_name_the_network() -> None:
     module = instantiate(parser.parse_args(flags)).model
     assert module.net.terrain.elevation_variable == "a"
     assert module.net.img_size == SIZES["img_size"]
+
+
+@pytest.mark.parametrize(
+    ("hours", "name"), [(6, "6_hours"), (24, "1_days"), (72, "3_days"), (36, "36_hours"), (730, "730_hours")]
+)
+def test_names_of_metrics_say_the_lead_time(hours: int, name: str) -> None:
+    assert postfix(hours) == name
+
+
+def test_a_logged_name_says_the_lead_time_of_its_data(tmp_path: Path) -> None:
+    root = tiny_data.write(tmp_path / "data")
+    module = _untrained(_net())
+    (tested,) = _trainer(tmp_path, 1).test(module, datamodule=_data(root, hrs_each_step=6), verbose=False)
+    assert "test/w_rmse_2m_temperature_6_hours" in tested

@@ -265,3 +265,10 @@ def test_direction_of_columns_on_a_meridian_grid() -> None:
     # a parallel is a circle too: straight east
     np.testing.assert_allclose(cosine, 1, atol=1e-6)
     np.testing.assert_allclose(sine, 0, atol=1e-3)
+
+
+def test_points_are_no_grid(tmp_path: Path) -> None:
+    # as reduced Gaussian grids and stations are filed
+    source = alps().stack(values=GRID).reset_index("values")
+    with pytest.raises(InputError, match="for each point along 'values', and ClimaX wants a grid"):
+        prepare(write(source, tmp_path / "s.nc"), tmp_path / "out")

@@ -48,7 +48,7 @@ def assert_same(resumed, whole):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_from_any_step_of_an_epoch(no_climax, shards, tmp_path, workers):
+def test_from_any_step_of_an_epoch(no_climax, shards, tmp_path, caplog, workers):
     """14 pairs in batches of 2, 7 steps an epoch: early, with its last batch, and in a later one."""
     options = [f"--data.num_workers={workers}", *kept(1)]
     whole = run(shards, tmp_path / "whole", *options)
@@ -59,6 +59,21 @@ def test_from_any_step_of_an_epoch(no_climax, shards, tmp_path, workers):
         assert_same(run(shards, out, *options, f"--ckpt_path={checkpoint}"), whole)
         assert logged(out, "val/w_rmse") == logged(tmp_path / "whole", "val/w_rmse")[-len(logged(out, "val/w_rmse")) :]
         assert logged(out, "test/w_rmse") == logged(tmp_path / "whole", "test/w_rmse")
+    assert "keeps no place" not in caplog.text
+
+
+def test_from_an_epochs_end_where_steps_are_counted(no_climax, shards, tmp_path):
+    """With max_steps Lightning takes every checkpoint for one of the middle of an epoch."""
+    options = ["--trainer.max_steps=18", "--trainer.callbacks.save_on_train_epoch_end=true", *kept(1)]
+    at_end = []
+    run(shards, tmp_path / "whole", *options)
+    checkpoint = next((tmp_path / "whole").rglob("epoch=*-step=14.ckpt"))
+    run(shards, tmp_path / "resumed", *options, f"--ckpt_path={checkpoint}")
+    for out in ("whole", "resumed"):
+        at_end.append(read_checkpoint(next((tmp_path / out).rglob("at-step=18.ckpt"))))
+    assert_same(at_end[1], at_end[0])
+    counted = [saved["loops"]["fit_loop"]["epoch_progress"] for saved in at_end]
+    assert counted[1] == counted[0]
 
 
 def test_in_two_processes(no_climax, shards, tmp_path):

@@ -107,6 +107,17 @@ def test_statistics(host, tmp_path, name, value):
     assert not list((tmp_path / "out").rglob("*.ckpt"))
 
 
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_climatologies(host, tmp_path, part):
+    root = tiny_data.write(tmp_path / "shards")
+    path = root / part / "climatology.npz"
+    found = dict(np.load(path))
+    found["2m_temperature"][0, 2, 5] = np.nan
+    np.savez(path, **found)
+    with pytest.raises(InputError, match=f"{part}/climatology.npz has values .* not finite"):
+        run(host, root, tmp_path / "out")
+
+
 REFUSED = [
     ("lr", [0.0, -1.0, math.inf, math.nan]),
     ("weight_decay", [-1.0, math.inf, math.nan]),

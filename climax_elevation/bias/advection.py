@@ -15,7 +15,7 @@ from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import positive
 from climax_elevation.errors import InputError
 from climax_elevation.terrain.places import positions
-from climax_elevation.terrain.sphere import EARTH_RADIUS_M, east_and_north
+from climax_elevation.terrain.sphere import EARTH_RADIUS_M, east_and_north, upright
 from climax_elevation.watch import judge, judged
 
 if TYPE_CHECKING:
@@ -127,7 +127,8 @@ def _on_the_sphere(position: Tensor, back: Tensor, kappa: Tensor) -> tuple[Tenso
     departure = angle.cos() * position[:, :, None] - torch.sinc(angle / math.pi) * back
     centre = position.mean(dim=1, keepdim=True)
     constant = kappa[:, 0] * ((departure * centre[:, :, None]).sum(-1) - 1)
-    return kappa * departure, constant, position - centre
+    axes = upright(position)
+    return kappa * (departure @ axes[:, None]), constant, (position - centre) @ axes
 
 
 def _on_a_plane(position: Tensor, back: Tensor, kappa: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from climax_elevation.bias.registry import register_bias
 from climax_elevation.checks import true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.terrain.places import positions
-from climax_elevation.terrain.sphere import EARTH_RADIUS_M
+from climax_elevation.terrain.sphere import EARTH_RADIUS_M, upright
 
 if TYPE_CHECKING:
     from climax_elevation.terrain.fields import Terrain
@@ -136,6 +136,7 @@ def _factors(values: Tensor, centre: Tensor, weight: Tensor) -> tuple[Tensor, Te
     """
     place, weight = (values - centre)[:, None], weight[:, None, None]
     if values.shape[2] == 3:
-        return weight * values[:, None], place
+        axes = upright(values)[:, None]
+        return weight * (values[:, None] @ axes), place @ axes
     f = torch.cat([weight * place, -weight.expand(len(place), -1, place.shape[2], 1)], dim=-1)
     return f, torch.cat([place, place.square().sum(-1, keepdim=True) / 2], dim=-1)

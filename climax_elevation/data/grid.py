@@ -100,6 +100,11 @@ def read_grid(dataset: xr.Dataset, *, patch_size: int, regrid: str | None) -> Gr
                 f"{values.max():g}: metres or kilometres on a plane are no places"
             )
     lat = np.clip(lat, -90, 90)
+    if lat.ndim == lon.ndim == 1 and dataset["lat"].dims == dataset["lon"].dims:
+        raise InputError(
+            f"the source has a latitude and a longitude for each point along {dataset['lat'].dims[0]!r}, and ClimaX "
+            "wants a grid of rows and columns: interpolate it to one"
+        )
     if lat.ndim == lon.ndim == 1:
         grid = _regular(lat, lon, (str(dataset["lat"].dims[0]), str(dataset["lon"].dims[0])))
     elif lat.ndim == 2 and dataset["lat"].dims == dataset["lon"].dims:

@@ -25,6 +25,7 @@ from climax_elevation.data import configuration
 from climax_elevation.data.field import BadDataError, Field
 from climax_elevation.data.fields import Fields, find_fields
 from climax_elevation.data.format import PARTITIONS, RunningStatistics
+from climax_elevation.data.grib import is_grib_error
 from climax_elevation.data.grid import Grid, is_global, read_grid
 from climax_elevation.data.names import OROGRAPHY
 from climax_elevation.data.source import fingerprint, open_source
@@ -414,7 +415,10 @@ def _read_shard(plan: _Plan, shard: Shard, bar: "tqdm[NoReturn]") -> dict[str, N
 def _read_field(field: Field, grid: Grid, shard: Shard) -> NDArray[np.float32]:
     try:
         return field.read(grid, shard.start, shard.stop)
-    except (OSError, RuntimeError) as error:  # RuntimeError: netCDF4's word for a damaged file
+    except Exception as error:
+        # RuntimeError: netCDF4's word for a damaged file
+        if not (isinstance(error, OSError | RuntimeError) or is_grib_error(error)):
+            raise
         raise InputError(
             f"cannot read {field.called!r} from the source ({error}): finished shards are kept, repeat the command "
             "once it can be read"

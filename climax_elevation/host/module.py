@@ -32,10 +32,10 @@ class GlobalForecastModule(LightningModule):
     """Trains and scores a network with ClimaX's loss, metrics, optimiser and schedule.
 
     Constructor and logged names are upstream's: "train/loss", "val/w_rmse", "test/acc",
-    "val/w_rmse_VARIABLE_POSTFIX" and so on. As upstream has it, POSTFIX takes data.predict_range for
-    hours, whatever hrs_each_step is. Latitudes, statistics and climatologies come from the trainer's data
-    module. Under `seed_everything`, each step's dropout depends on seed, epoch, step and rank alone: a
-    resumed run repeats what an uninterrupted one does.
+    "val/w_rmse_VARIABLE_POSTFIX" and so on. POSTFIX is the lead time, see `postfix`; upstream's takes
+    data.predict_range for hours, whatever hrs_each_step is. Latitudes, statistics and climatologies come
+    from the trainer's data module. Under `seed_everything`, each step's dropout depends on seed, epoch, step
+    and rank alone: a resumed run repeats what an uninterrupted one does.
 
     Args:
         net: `climax_elevation.host.StandInClimaX`, or a model with its methods.
@@ -88,8 +88,7 @@ class GlobalForecastModule(LightningModule):
         self.lat, self.lon = data.get_lat_lon()
         self.denormalize = Normalize(data.output_transforms.mean, data.output_transforms.std).inverse()
         self.climatologies = {"val": data.val_clim, "test": data.test_clim}
-        steps = data.hparams.predict_range
-        self.log_postfix = f"{steps}_hours" if steps < 24 else f"{steps // 24}_days"
+        self.log_postfix = postfix(data.hparams.predict_range * data.hparams.get("hrs_each_step", 1))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Make this step's random numbers independent of what ran before it."""
@@ -152,6 +151,11 @@ class GlobalForecastModule(LightningModule):
             settings["eta_min"],
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "frequency": 1}}
+
+
+def postfix(hours: int) -> str:
+    """End of a metric's name, "6_hours" or "3_days": whole days from 24 hours on, hours where they are none."""
+    return f"{hours // 24}_days" if hours >= 24 and hours % 24 == 0 else f"{hours}_hours"
 
 
 def warmup_cosine(

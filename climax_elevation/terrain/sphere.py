@@ -49,3 +49,23 @@ def east_and_north(lat: Tensor, lon: Tensor) -> tuple[Tensor, Tensor]:
     east = torch.stack([-lam.sin(), lam.cos(), torch.zeros_like(lam)], dim=-1)
     north = torch.stack([-phi.sin() * lam.cos(), -phi.sin() * lam.sin(), phi.cos()], dim=-1)
     return east, north
+
+
+def upright(places: Tensor) -> Tensor:
+    """A reflection that lays the third axis through the middle of some places.
+
+    Seen so, places that are near each other differ little in the third axis, and have little of the others: products
+    of them with differences between them are sums of small numbers, not differences of large ones.
+
+    Args:
+        places: Unit vectors, `[..., L, 3]`.
+
+    Returns:
+        `[..., 3, 3]`, symmetric and orthogonal; `places @ upright(places)` are the same places in the new axes.
+    """
+    up = torch.nn.functional.normalize(places.mean(dim=-2), dim=-1)
+    third = torch.zeros_like(up)
+    third[..., 2] = 1.0
+    normal = up + torch.where(up[..., 2:] >= 0, third, -third)  # of Householder's plane, the longer of two
+    outer = normal[..., :, None] * normal[..., None, :]
+    return torch.eye(3, dtype=up.dtype, device=up.device) - 2 * outer / normal.square().sum(-1)[..., None, None]

@@ -97,8 +97,12 @@ REGIONS = {
 }
 
 
-def region_elevation(region: str) -> ElevationMap:
+def region_elevation(region: str, shape: tuple[int, int] | None = None) -> ElevationMap:
     """Area-mean elevation of a named region.
+
+    Args:
+        region: One of `REGIONS`.
+        shape: Rows and columns of cells; None: as many as the region's own cells.
 
     Raises:
         InputError: If the region is unknown or pvlib is not installed.
@@ -107,8 +111,9 @@ def region_elevation(region: str) -> ElevationMap:
         known = ", ".join(repr(name) for name in REGIONS)
         raise InputError(f"unknown region {region!r}; available: {known}")
     box = REGIONS[region]
-    lat = np.arange(box.south + box.cell / 2, box.north, box.cell)
-    lon = np.arange(box.west + box.cell / 2, box.east, box.cell)
+    rows, columns = shape or (round((box.north - box.south) / box.cell), round((box.east - box.west) / box.cell))
+    lat = box.south + (np.arange(rows) + 0.5) * (box.north - box.south) / rows
+    lon = box.west + (np.arange(columns) + 0.5) * (box.east - box.west) / columns
     return ElevationMap(lat, lon, mean_elevation_m(lat, lon))
 
 
