@@ -179,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     forecast.add_argument("--variable", metavar="NAME", help="of the picture (default: the first that is forecast)")
     forecast.add_argument("--constants", metavar="FILE", help="a further file with orography and land-sea mask")
+    forecast.add_argument("--select", nargs="+", metavar="NAME=VALUE", help="of runs or members: step=6 number=0")
     forecast.add_argument("--units", nargs="+", metavar="NAME=UNIT", help="units that the source lacks or has wrong")
     _add_opening_options(forecast, "folder of statistics and coordinates")
     forecast.set_defaults(run=_forecast)
@@ -334,6 +335,7 @@ def _forecast(options: argparse.Namespace, _: list[str]) -> None:
         bias_scale=options.bias_scale,
         constants=options.constants,
         units=_pairs("units", "orography=m", options.units),
+        select=_pairs("select", "step=6", options.select),
         show=None if plots is None else options.variable or "",
     )
     print(done.path)

@@ -77,6 +77,7 @@ def forecast(
     bias_scale: float = 1.0,
     constants: str | Path | None = None,
     units: Mapping[str, str] | None = None,
+    select: Mapping[str, str] | None = None,
     show: str | None = None,
 ) -> Forecast:
     """Forecast from the states of a source, and write CF netCDF.
@@ -95,6 +96,7 @@ def forecast(
         constants: A further file on the same grid, with orography and land-sea mask. What neither has is
             taken from the run's data.
         units: Unit by variable, where the source names none or a wrong one.
+        select: Value by coordinate, where the source has several runs or members.
         show: Variable of which the last forecast from the last start is returned, with and without the bias;
             "": the first that is forecast; None: none.
 
@@ -113,7 +115,7 @@ def forecast(
     _announce(loaded, bias_scale)
     check_others(loaded, steps, others)
     further = None if constants is None else str(constants)
-    with open_states(loaded, str(source), constants=further, units=units, time=start[0]) as states:
+    with open_states(loaded, str(source), constants=further, units=units, select=select, time=start[0]) as states:
         starts = states.starts(start)
         if others == "source":
             check_times(states, starts, steps)

@@ -131,6 +131,7 @@ def open_states(
     *,
     constants: str | None = None,
     units: Mapping[str, str] | None = None,
+    select: Mapping[str, str] | None = None,
     time: str | None = None,
 ) -> Iterator[States]:
     """Open a source as a run's input.
@@ -140,26 +141,48 @@ def open_states(
         source: netCDF, Zarr or GRIB, as `prepare` takes it.
         constants: A further file on the same grid, with orography and land-sea mask.
         units: Unit by variable, where the source names none or a wrong one.
+        select: Value by coordinate, where the source has several runs or members.
         time: Of the source, where it states none: an ISO date.
 
     Raises:
         InputError: If the source lacks a variable, is of another grid or of no known time.
     """
     record = _record(run.data)
-    regrid = record.get("options", {}).get("regrid")
+    # as the run's data were made of such a source
+    options = record.get("options", {})
+    regrid, orography = options.get("regrid"), options.get("orography")
     with ExitStack() as stack:
-        dataset = _timed(stack.enter_context(open_source(source)), source, time)
-        further = None if constants is None else stack.enter_context(open_source(constants))
+        opened = open_source(
+            source,
+            variables=[name for name in run.variables if name not in STATIC],
+            select=select,
+            units=units,
+            winds=options.get("winds"),
+            orography=orography,
+            check_ground=constants is None,
+        )
+        dataset = _timed(stack.enter_context(opened), source, time)
+        further = None if constants is None else stack.enter_context(open_source(constants, units=units))
         times, stamps = _read_times(dataset["time"])
         dataset, grid = _on_grid(dataset, run, f"the source {source}", regrid)
         if further is not None:
             further, _ = _on_grid(further, run, f"the file of constants {constants}", regrid)
-        own = _own_ground(run, [dataset] if further is None else [dataset, further])
+        named = orography if orography in dataset.data_vars else None
+        own = _own_ground(run, [dataset] if further is None else [dataset, further], named)
         wanted = [name for name in run.variables if name not in own]
         constant = further if OROGRAPHY.name in wanted else _with_level_ground(dataset, further, grid)
         levels = _levels(wanted, dataset)
         with _advice_of_forecasts(wanted):
-            found = find_fields(dataset, constant, grid, variables=wanted, levels=levels, units=units or {})
+            found = find_fields(
+                dataset,
+                constant,
+                grid,
+                variables=wanted,
+                levels=levels,
+                units=units or {},
+                orography=named,
+                sea_level_where_missing=bool(options.get("sea_level_where_missing")),
+            )
         missing = [name for name in wanted if name not in found.names]
         if missing:
             raise InputError(f"the run's input has {', '.join(missing)}, and {source} has not: give a source that has")
@@ -396,12 +419,14 @@ def _other_grid(what: str, run: LoadedRun, lat: Array, lon: Array) -> InputError
 # ---- the ground ----------------------------------------------------------------------------------
 
 
-def _own_ground(run: LoadedRun, places: Sequence[xr.Dataset]) -> dict[str, Array]:
-    """Static fields of the run's data, where the sources lack them."""
+def _own_ground(run: LoadedRun, places: Sequence[xr.Dataset], orography: str | None) -> dict[str, Array]:
+    """Static fields of the run's data, where the sources lack them, under `orography` or a known name."""
     lacking = [
         variable.name
         for variable in (OROGRAPHY, LAND_SEA_MASK)
-        if variable.name in run.variables and not any(_has(place, variable.name) for place in places)
+        if variable.name in run.variables
+        and not any(_has(place, variable.name) for place in places)
+        and not (variable is OROGRAPHY and orography is not None)
     ]
     own = _own_constants(run, lacking)
     if own:
