@@ -12,7 +12,7 @@ from climax_elevation import InputError
 from climax_elevation.data.shares import Share
 from climax_elevation.host.shards import GlobalForecastDataModule
 from climax_elevation.train import train
-from climax_elevation.upstream.schedule import check_shares, check_validation, count_shares, steps_an_epoch
+from climax_elevation.upstream.schedule import announced, check_shares, check_validation, count_shares, steps_an_epoch
 
 
 def upstreams(root, processes, workers=1, batch_size=2):
@@ -50,6 +50,14 @@ def test_shares_of_upstreams_reader_by_hand(root):
     assert upstreams(root, 3)[0] == Share("train", 4, 19, 1, 1, 1)
     # without workers every process reads all of it
     assert upstreams(root, 3, workers=0)[0] == Share("train", 4, 19, 0, 19, 10)
+
+
+def test_what_every_process_reads_is_said(root):
+    first, *_ = announced(trainer(max_epochs=2), upstreams(root, 3, workers=0), 3, 2)
+    assert first.endswith("10 batches; every process reads all of them, which data.num_workers: 1 mends")
+    first, *_, last = announced(trainer(max_epochs=2), upstreams(root, 2), 2, 2)
+    assert first == "train: 19 samples in 4 shards, 5 a process, 3 batches"
+    assert last == "3 steps an epoch, 6 in all, 2 epochs: up to 24 samples seen"
 
 
 def test_a_process_without_a_shard_is_refused(root):

@@ -119,10 +119,12 @@ def check_validation(trainer: Trainer, batches: int) -> None:
 def announced(trainer: Trainer, shares: Sequence[Share], processes: int, batch_size: int) -> Iterator[str]:
     """Lines that say who reads how much, and how far the run goes."""
     for share in shares:
-        left_out = f"; {share.left_out} are left out of an epoch" if share.left_out else ""
+        rest = f"; {share.left_out} are left out of an epoch" if share.left_out else ""
+        if processes > 1 and share.fewest == share.samples:
+            rest = "; every process reads all of them, which data.num_workers: 1 mends"
         yield (
             f"{share.part}: {share.samples} samples in {share.shards} shards, {share.fewest} a process, "
-            f"{share.batches} batches{left_out}"
+            f"{share.batches} batches{rest}"
         )
     if not shares:
         return
