@@ -219,7 +219,10 @@ def _prepare(options: argparse.Namespace, _: list[str]) -> None:
     from climax_elevation.data.prepare import prepare
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "units", "select")}
-    units, select = _pairs("units", "orography=m", options.units), _pairs("select", "step=6", options.select)
+    units, select = (
+        _pairs("units NAME=UNIT", "orography=m", options.units),
+        _pairs("select NAME=VALUE", "step=6", options.select),
+    )
     prepared = prepare(**given, units=units, select=select)
     height, width = prepared.shape
     print(
@@ -236,11 +239,12 @@ def _compare(options: argparse.Namespace, _: list[str]) -> None:
     print(f"{done.out}: results.csv, differences.csv, report.md")
 
 
-def _pairs(option: str, example: str, given: list[str] | None) -> dict[str, str]:
+def _pairs(form: str, example: str, given: list[str] | None) -> dict[str, str]:
     pairs = dict(pair.partition("=")[::2] for pair in given or [])
+    option, pair = form.split()
     for name, value in pairs.items():
         if not value:
-            raise InputError(f"--{option} takes NAME=VALUE, such as {example}, not {name!r}")
+            raise InputError(f"--{option} takes {pair}, such as {example}, not {name!r}")
     return pairs
 
 
