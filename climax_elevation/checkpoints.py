@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from climax_elevation.errors import InputError, SickRun
+from climax_elevation.files import whole
 
 NOT_SET_IS_NAN = "terrain."  # buffers of the reader that nothing was learned for
 
@@ -72,22 +72,14 @@ def save_whole(path: Path, write: Callable[[Any], object]) -> None:
     Raises:
         SickRun: If it cannot be written; what was there before is there still, and nothing else is left.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
+        with whole(path) as partial, open(partial, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _to_disk(path.parent)
     except (OSError, RuntimeError) as error:
         reason = _reason(error)
         kept = "; the one that was there before is kept" if path.exists() else ""
         raise SickRun(f"{path} cannot be written ({reason}), and nothing of it is left{kept}: make room") from error
-    finally:
-        if partial.parent.is_dir():
-            partial.unlink(missing_ok=True)
 
 
 def _reason(error: BaseException) -> str:
@@ -96,20 +88,6 @@ def _reason(error: BaseException) -> str:
     while of_system is not None and not isinstance(of_system, OSError):
         of_system = of_system.__context__
     return (of_system.strerror if of_system is not None else None) or _first_line(error)
-
-
-def _to_disk(folder: Path) -> None:
-    """What a folder holds is kept through a power failure, where the system can."""
-    try:
-        held = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(held)
-    except OSError:  # some network file systems cannot
-        pass
-    finally:
-        os.close(held)
 
 
 def read_checkpoint(

@@ -189,14 +189,30 @@ def check_own(folder: Path, marks: Iterable[str], what: str) -> None:
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Where to write what becomes `path` at the end of the block: whole, or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _to_disk(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.parent.is_dir():
+            partial.unlink(missing_ok=True)
+
+
+def _to_disk(folder: Path) -> None:
+    """What a folder holds is kept through a power failure, where the system can."""
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(held)
+    except OSError:  # some network file systems cannot
+        pass
+    finally:
+        os.close(held)
 
 
 @contextmanager
