@@ -119,8 +119,8 @@ def terrain_given(model: nn.Module, terrain: Terrain) -> Iterator[None]:
             place.bias_inputs, place.tokens = own, terrain.elevation_m.shape[1]
         yield
     finally:
-        for place, (inputs, tokens) in zip(places, before, strict=True):
-            place.bias_inputs, place.tokens = inputs, tokens
+        for place, earlier in zip(places, before, strict=True):
+            place.bias_inputs, place.tokens = earlier
 
 
 def _stack(model: nn.Module, path: str) -> nn.ModuleList | nn.Sequential:

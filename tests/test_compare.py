@@ -22,7 +22,7 @@ from pytorch_lightning import Trainer
 
 from climax_elevation.cli import main
 from climax_elevation.compare import Comparison, compare, comparison
-from climax_elevation.compare.config import read_configuration
+from climax_elevation.compare.config import read_configuration, read_task
 from climax_elevation.compare.runs import host_class
 from climax_elevation.compare.significance import holm
 from climax_elevation.compare.tables import verdict
@@ -32,7 +32,11 @@ from climax_elevation.forecast import load_run
 from climax_elevation.testbed.fit import ModelSettings, build_network, quiet
 from climax_elevation.upstream.locate import find_climax
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "compare").glob("*.yaml"))
+CONFIGS = [
+    path
+    for path in sorted((Path(__file__).parents[1] / "configs" / "compare").glob("*.yaml"))
+    if read_task(path) == "forecast"
+]
 VARIANTS: dict[str, Any] = {
     "none": None,
     "physics": {"bias_type": "physics", "bias_args": {"static_terrain": True}},

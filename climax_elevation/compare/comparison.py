@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from climax_elevation.checks import count
-from climax_elevation.compare.config import Configuration, TracerData, Variant, identity, read_configuration
+from climax_elevation.compare.config import Configuration, TracerData, Variant, identity, read_configuration, read_task
 from climax_elevation.compare.fingerprints import (
     Record,
     bias_files,
     data_files,
-    difference,
     digests,
     examine,
     fingerprint,
     read_records,
     write_records,
 )
+from climax_elevation.compare.infill import compare_infill
 from climax_elevation.compare.report import report
 from climax_elevation.compare.runs import (
-    RECORD,
     Finished,
     Task,
     host_class,
@@ -41,6 +38,19 @@ from climax_elevation.compare.runs import (
 )
 from climax_elevation.compare.scores import PARTS, Samples, Scorer, save_samples
 from climax_elevation.compare.significance import FEWEST_BLOCKS
+from climax_elevation.compare.stored import (
+    DIFFERENCES,
+    FILES,
+    REPORT,
+    RESULTS,
+    RUNS,
+    Comparison,
+    check_stored,
+    check_unchanged,
+    first_difference,
+    plain,
+    unheard,
+)
 from climax_elevation.compare.tables import Results, differences_table, results_table
 from climax_elevation.errors import InputError
 from climax_elevation.files import alone, check_own
@@ -51,25 +61,7 @@ from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
 
 logger = logging.getLogger(__name__)
 
-RUNS, DATA, DATA_RECORD, REFERENCES = "runs", "data", "data.json", "references.npz"
-RESULTS, DIFFERENCES, REPORT, FILES = "results.csv", "differences.csv", "report.md", "files.json"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a comparison left.
-
-    Attributes:
-        out: The run directory, with results.csv, differences.csv and report.md.
-        results: A row for each variant, seed, part, variable, metric and stratum; see `tables`.
-        differences: A row for each comparison, part, metric, variable and stratum; see `tables`.
-        report: The Markdown text.
-    """
-
-    out: Path
-    results: pd.DataFrame
-    differences: pd.DataFrame
-    report: str
+DATA, DATA_RECORD, REFERENCES = "data", "data.json", "references.npz"
 
 
 def compare(
@@ -99,6 +91,8 @@ def compare(
     Raises:
         InputError: For every mistake in the file, the data or the run directory, before any training.
     """
+    if read_task(config) == "infill":
+        return compare_infill(config, out=out, jobs=jobs, seeds=seeds, variants=variants)
     configuration = read_configuration(config, out=out, seeds=seeds, variants=variants)
     devices = _devices(configuration.accelerator)
     jobs = count("--jobs", jobs) if jobs is not None else max(1, len(devices))
@@ -119,10 +113,10 @@ def _compare(
 
     def planned() -> list[Task]:
         with_files = {"data": {**data_identity, "fingerprint": fingerprint(files["data"])}, **common}
-        return _tasks(configuration, data, climax, _plain(with_files), files["biases"])
+        return _tasks(configuration, data, climax, plain(with_files), files["biases"])
 
     tasks = planned()
-    _check_stored(configuration.out, tasks, before.get("data", {}), files["data"])
+    check_stored(configuration.out, tasks, before.get("data", {}), files["data"])
     to_do = [task for task in tasks if not task.done]
     _check_networks(configuration, to_do, climax)
     if _simulate(configuration, data, data_identity):
@@ -150,7 +144,7 @@ def _compare(
             finished = sum(task.done for task in tasks)
             logger.info("%d of %d runs are finished and kept; the same command goes on", finished, len(tasks))
             raise
-        _check_unchanged(files, _examine(configuration, data, files), to_do)
+        check_unchanged(files, _examine(configuration, data, files), to_do)
     return _conclude(configuration, tasks, scorer, host)
 
 
@@ -212,14 +206,6 @@ def _examine(configuration: Configuration, data: DataSettings, known: dict[str, 
     return {kind: examine(paths, known.get(kind)) for kind, paths in files.items()}
 
 
-def _check_unchanged(before: dict[str, Record], now: dict[str, Record], tasks: list[Task]) -> None:
-    for kind, record in before.items():
-        found = difference(digests(record), digests(now[kind]))
-        if found:
-            folders = ", ".join(str(task.folder) for task in tasks)
-            raise InputError(f"{found} while runs were trained on it: remove them ({folders}), and train them again")
-
-
 def _tasks(
     configuration: Configuration,
     data: DataSettings,
@@ -244,70 +230,18 @@ def _tasks(
             strata=configuration.strata,
             keep_best=configuration.choose_on == "val",
             climax=climax,
-            configuration={**common, "variant": _plain(identity_of(variant)), "seed": seed},
+            configuration={**common, "variant": plain(identity_of(variant)), "seed": seed},
         )
         for variant in configuration.variants
         for seed in configuration.seeds
     ]
 
 
-def _check_stored(out: Path, tasks: list[Task], before: Record, now: Record) -> None:
-    """Every run that is there already would be the same today; the data's files were `before` and are `now`."""
-    wanted = {(task.variant.name, task.seed): task.configuration for task in tasks}
-    variants = {task.variant.name: task.configuration["variant"] for task in tasks}
-    common = {name: value for name, value in tasks[0].configuration.items() if name not in ("variant", "seed")}
-    for path in sorted((out / RUNS).glob(f"*/seed*/{RECORD}")):
-        stored = json.loads(path.read_text())["configuration"]
-        name = path.parts[-3]
-        expected = wanted.get((name, stored["seed"])) or {
-            **common,
-            "variant": variants.get(name, stored["variant"]),
-            "seed": stored["seed"],
-        }
-        same_data = stored["data"].get("fingerprint") == fingerprint(before)
-        files = [(digests(before), digests(now))] if same_data else []
-        files.append((stored["variant"].get("files", {}), expected["variant"].get("files", {})))
-        changed = next(filter(None, (difference(*pair) for pair in files)), None)
-        found = changed or _first_difference(stored, expected)
-        if found is not None:
-            raise InputError(
-                f"{path.parent} was run with {'other data' if changed else 'another configuration'} ({found}): give "
-                "another --out, or remove what is there"
-            )
-
-
-def _first_difference(stored: Any, expected: Any, place: str = "") -> str | None:
-    if isinstance(stored, dict) and isinstance(expected, dict):
-        for name in dict.fromkeys([*stored, *expected]):
-            found = _first_difference(stored.get(name), expected.get(name), f"{place}.{name}".lstrip("."))
-            if found is not None:
-                return found
-        return None
-    return None if stored == expected else f"{place} {stored}, now {expected}"
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """As it is after having been written as JSON."""
-    return json.loads(json.dumps(values))
-
-
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """What a network says of its terrain is in its run's log."""
-    library = logging.getLogger("climax_elevation")
-    level = library.level
-    library.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        library.setLevel(level)
-
-
 def _check_networks(configuration: Configuration, tasks: list[Task], climax: Source | None) -> None:
     """Networks for simulated data can be built before there are any."""
     if isinstance(configuration.data, TracerData):
         size, architecture = region_elevation(configuration.data.region).elevation_m.shape, host_class(climax)
-        with _unheard():
+        with unheard():
             for task in _one_a_variant(tasks):
                 network(task, size, architecture)
 
@@ -315,7 +249,7 @@ def _check_networks(configuration: Configuration, tasks: list[Task], climax: Sou
 def _check_terrain(tasks: list[Task], scorer: Scorer, climax: Source | None) -> None:
     """Every variant's terrain fits the data."""
     size, architecture = [len(axis) for axis in scorer.data.get_lat_lon()], host_class(climax)
-    with _unheard(), one_thread():
+    with unheard(), one_thread():
         for task in _one_a_variant(tasks):
             try_out(task, size, architecture)
 
@@ -349,7 +283,7 @@ def _simulate(configuration: Configuration, data: DataSettings, data_identity: d
         return False
     record = configuration.out / DATA_RECORD
     if record.is_file():
-        found = _first_difference(json.loads(record.read_text())["data"], _plain(data_identity))
+        found = first_difference(json.loads(record.read_text())["data"], plain(data_identity))
         if found is not None:
             raise InputError(f"{data.root_dir} holds another simulation ({found}): give another --out")
         return False

@@ -67,38 +67,27 @@ class TracerData:
         return DataSettings(str(folder), variables, ("tracer",), hrs_each_step=hours)
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """A comparison.
+@dataclass(frozen=True, kw_only=True)
+class Design:
+    """What every comparison has, whatever is learned.
 
     Args:
         out: The run directory.
-        data: What is learned.
         variants: The networks, the baseline first.
         pairs: Further comparisons, (variant, counterpart), beside those with the baseline.
         seeds: Of weights, order and dropout.
-        host: "auto" (ClimaX where there is one, else the stand-in), "climax" or "stand-in".
-        accelerator: "auto" (GPUs where there are some, else the CPU), "cpu" or "gpu".
-        model, training: Sizes, and how they are trained.
         choose_on: "val": a run ends with the weights that were best on validation, and the report's best
             variant is the best on validation. "none": a run ends with its last weights.
         metric: The score that the report is about, one of `climax_elevation.compare.scores.METRICS`.
-        strata: How pixels are divided by terrain.
         statistics: How certain is certain.
     """
 
     out: Path
-    data: TracerData | DataSettings
     variants: tuple[Variant, ...]
     pairs: tuple[tuple[str, str], ...]
     seeds: tuple[int, ...]
-    host: str = "auto"
-    accelerator: str = "auto"
-    model: ModelSettings = field(default_factory=ModelSettings)
-    training: TrainingSettings = field(default_factory=TrainingSettings)
     choose_on: str = "val"
     metric: str = "rmse_standardised"
-    strata: StrataSettings = field(default_factory=StrataSettings)
     statistics: StatisticsSettings = field(default_factory=StatisticsSettings)
 
     @property
@@ -113,8 +102,34 @@ class Configuration:
         return list(dict.fromkeys([*with_baseline, *self.pairs]))
 
 
-KEYS = {"out", "data", "variants", "baseline", "pairs", "seeds", "host", "accelerator", "model", "training"}
-KEYS |= {"choose_on", "metric", "strata", "statistics"}
+@dataclass(frozen=True, kw_only=True)
+class Configuration(Design):
+    """A comparison of forecasts.
+
+    Args:
+        data: What is learned.
+        host: "auto" (ClimaX where there is one, else the stand-in), "climax" or "stand-in".
+        accelerator: "auto" (GPUs where there are some, else the CPU), "cpu" or "gpu".
+        model, training: Sizes, and how they are trained.
+        strata: How pixels are divided by terrain.
+    """
+
+    data: TracerData | DataSettings
+    host: str = "auto"
+    accelerator: str = "auto"
+    model: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    strata: StrataSettings = field(default_factory=StrataSettings)
+
+
+TASKS = ("forecast", "infill")
+OF_DESIGN = {"task", "out", "data", "variants", "baseline", "pairs", "seeds", "choose_on", "metric", "statistics"}
+KEYS = OF_DESIGN | {"host", "accelerator", "model", "training", "strata"}
+
+
+def read_task(path: str | Path) -> str:
+    """Which of `TASKS` a comparison's YAML file is about; forecasts where it does not say."""
+    return one_of("task", load(Path(path)).get("task", "forecast"), TASKS)
 
 
 def read_configuration(
@@ -135,8 +150,29 @@ def read_configuration(
     Raises:
         InputError: If the file is absent, is no YAML, has an unknown key, or a value does not fit.
     """
-    given = _load(Path(path))
-    _check_keys(given, KEYS, "the configuration")
+    given = load(Path(path))
+    check_keys(given, KEYS, "the configuration")
+    return Configuration(
+        **read_design(given, path, out=out, seeds=seeds, variants=variants),
+        metric=one_of("metric", given.get("metric", "rmse_standardised"), METRICS),
+        data=_data(given["data"]),
+        host=one_of("host", given.get("host", "auto"), HOSTS),
+        accelerator=one_of("accelerator", given.get("accelerator", "auto"), ACCELERATORS),
+        model=fill(ModelSettings, given.get("model"), "model"),
+        training=fill(TrainingSettings, given.get("training"), "training"),
+        strata=fill(StrataSettings, given.get("strata"), "strata"),
+    )
+
+
+def read_design(
+    given: dict[str, Any],
+    path: str | Path,
+    *,
+    out: str | Path | None,
+    seeds: Sequence[int] | None,
+    variants: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The arguments of `Design`, but for the metric, from what a file says; arguments as `read_configuration`'s."""
     for name in ("data", "variants"):
         if not given.get(name):
             raise InputError(f"{path} says nothing of {name!r}: a comparison needs data and variants")
@@ -144,21 +180,14 @@ def read_configuration(
     chosen = _chosen(all_variants, variants)
     names = [variant.name for variant in chosen]
     pairs = _pairs(given.get("pairs"), [variant.name for variant in all_variants])
-    return Configuration(
-        out=Path(out) if out is not None else _out(given.get("out"), Path("compare") / Path(path).stem),
-        data=_data(given["data"]),
-        variants=tuple(chosen),
-        pairs=tuple(pair for pair in pairs if set(pair) <= set(names)),
-        seeds=_seeds(given.get("seeds") if seeds is None else seeds),
-        host=one_of("host", given.get("host", "auto"), HOSTS),
-        accelerator=one_of("accelerator", given.get("accelerator", "auto"), ACCELERATORS),
-        model=fill(ModelSettings, given.get("model"), "model"),
-        training=fill(TrainingSettings, given.get("training"), "training"),
-        choose_on=_choose_on(given.get("choose_on", "val")),
-        metric=one_of("metric", given.get("metric", "rmse_standardised"), METRICS),
-        strata=fill(StrataSettings, given.get("strata"), "strata"),
-        statistics=fill(StatisticsSettings, given.get("statistics"), "statistics"),
-    )
+    return {
+        "out": Path(out) if out is not None else _out(given.get("out"), Path("compare") / Path(path).stem),
+        "variants": tuple(chosen),
+        "pairs": tuple(pair for pair in pairs if set(pair) <= set(names)),
+        "seeds": _seeds(given.get("seeds") if seeds is None else seeds),
+        "choose_on": _choose_on(given.get("choose_on", "val")),
+        "statistics": fill(StatisticsSettings, given.get("statistics"), "statistics"),
+    }
 
 
 def fill(kind: type[Settings], given: Any, where: str) -> Settings:
@@ -169,7 +198,7 @@ def fill(kind: type[Settings], given: Any, where: str) -> Settings:
     """
     given = _mapping(given, where)
     known = {item.name: item for item in fields(cast(Any, kind))}
-    _check_keys(given, known, where)
+    check_keys(given, known, where)
     return kind(**{name: _typed(f"{where}.{name}", value, str(known[name].type)) for name, value in given.items()})
 
 
@@ -194,7 +223,8 @@ def _typed(name: str, value: Any, annotation: str) -> Any:
     return value
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
+    """What a YAML file holds; InputError unless it is a mapping."""
     if not path.is_file():
         raise InputError(f"{path} does not exist: give a comparison's YAML file, such as configs/compare/tracer.yaml")
     try:
@@ -212,7 +242,8 @@ def _mapping(given: Any, where: str) -> dict[str, Any]:
     return given
 
 
-def _check_keys(given: Mapping[str, Any], known: Mapping[str, Any] | set[str], where: str) -> None:
+def check_keys(given: Mapping[str, Any], known: Mapping[str, Any] | set[str], where: str) -> None:
+    """Raise InputError if a key is not among those that are known."""
     unknown = [key for key in given if key not in known]
     if unknown:
         raise InputError(f"unknown key {unknown[0]!r} in {where}; valid: {', '.join(sorted(known))}")
@@ -225,7 +256,7 @@ def _out(given: Any, otherwise: Path) -> Path:
 def _data(given: Any) -> TracerData | DataSettings:
     given = _mapping(given, "data")
     if "tracer" in given:
-        _check_keys(given, {"tracer"}, "data, which has a tracer already")
+        check_keys(given, {"tracer"}, "data, which has a tracer already")
         return _tracer(_mapping(given["tracer"], "data.tracer"))
     for name in ("root_dir", "variables", "out_variables"):
         if not given.get(name):
@@ -246,7 +277,7 @@ def _data(given: Any) -> TracerData | DataSettings:
 
 def _tracer(given: dict[str, Any]) -> TracerData:
     own = {"region", "episodes", "seed"}
-    _check_keys(given, own | {item.name for item in fields(TracerSettings)}, "data.tracer")
+    check_keys(given, own | {item.name for item in fields(TracerSettings)}, "data.tracer")
     region = one_of("region", given.get("region", "asia"), REGIONS)
     episodes = _mapping(given.get("episodes"), "data.tracer.episodes")
     if set(episodes) != set(PARTITIONS) or not all(_is_whole(value, 1) for value in episodes.values()):
@@ -282,7 +313,7 @@ def _variant(name: str, given: Any) -> Variant:
         raise InputError(f"a variant's name is letters, digits and _ + - . alone, for it names a folder, not {name!r}")
     where = f"variant {name!r}"
     given = _mapping(given, where)
-    _check_keys(given, {"bias_type", "bias_args"}, where)
+    check_keys(given, {"bias_type", "bias_args"}, where)
     if given and not isinstance(given.get("bias_type"), str):
         raise InputError(f"{where} has a bias_type, or is null for none: {given}")
     return Variant(name, given.get("bias_type"), _mapping(given.get("bias_args"), f"bias_args of {where}") or None)

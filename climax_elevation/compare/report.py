@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -27,7 +27,7 @@ def report(results: Results, table: pd.DataFrame, differences: pd.DataFrame) -> 
     """
     sections = [_setting(results)]
     if len(results.configuration.variants) > 1:
-        sections.append(_choice(results.configuration, table, differences))
+        sections.append(_choice(_configuration(results), table, differences))
     for part, title in TITLES.items():
         sections.append(f"## {title}\n\n{_scores(results, table, differences, part)}")
         if results.configuration.comparisons:
@@ -36,8 +36,12 @@ def report(results: Results, table: pd.DataFrame, differences: pd.DataFrame) -> 
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def _configuration(results: Results) -> Configuration:
+    return cast(Configuration, results.configuration)
+
+
 def _setting(results: Results) -> str:
-    configuration, runs = results.configuration, list(results.runs.values())
+    configuration, runs = _configuration(results), list(results.runs.values())
     records = [run.record for run in runs]
     model, training = configuration.model, configuration.training
     host = "ClimaX's architecture" if results.host == "ClimaX" else "the stand-in host, which is not ClimaX"
@@ -94,7 +98,7 @@ def _choice(configuration: Configuration, table: pd.DataFrame, differences: pd.D
 
 
 def _scores(results: Results, table: pd.DataFrame, differences: pd.DataFrame, part: str) -> str:
-    configuration = results.configuration
+    configuration = _configuration(results)
     errors = _by_variant(table, part, "rmse", ALL)
     skills = {kind: _by_variant(table, part, f"skill_{kind}", ALL) for kind in ("persistence", "climatology")}
     acc, standardised = _by_variant(table, part, "acc", ALL), _by_variant(table, part, "rmse_standardised", ALL)
@@ -104,12 +108,12 @@ def _scores(results: Results, table: pd.DataFrame, differences: pd.DataFrame, pa
     rows = [
         [
             name,
-            *(_number(errors.get((name, variable))) for variable in results.variables),
-            *(_number(scores.get((name, MEAN))) for scores in (standardised, acc, *skills.values())),
+            *(number(errors.get((name, variable))) for variable in results.variables),
+            *(number(scores.get((name, MEAN))) for scores in (standardised, acc, *skills.values())),
         ]
         for name in names
     ]
-    text = "Means over seeds.\n\n" + _markdown(header, rows)
+    text = "Means over seeds.\n\n" + markdown(header, rows)
     if not configuration.comparisons:
         return text
     return f"{text}\n\n{_compared(configuration, differences, part)}"
@@ -125,10 +129,10 @@ def _compared(configuration: Configuration, differences: pd.DataFrame, part: str
     for row in _main(differences, configuration, part).to_dict("records"):
         mean = row["percent"] if prefix else row["difference"]
         ends = [row[f"{prefix}_{name}" if prefix else name] for name in ("low", "high", "time_low", "time_high")]
-        intervals = [_interval(*ends[:2]), _interval(*ends[2:])]
-        rows.append([row["variant"], row["counterpart"], _signed(mean), *intervals])
-        rows[-1] += [_number(row["p"]), _number(row["p_holm"]), row["verdict"]]
-    return _markdown(header, rows)
+        intervals = [interval(*ends[:2]), interval(*ends[2:])]
+        rows.append([row["variant"], row["counterpart"], signed(mean), *intervals])
+        rows[-1] += [number(row["p"]), number(row["p_holm"]), row["verdict"]]
+    return markdown(header, rows)
 
 
 def _strata(results: Results, differences: pd.DataFrame, part: str) -> str:
@@ -141,12 +145,12 @@ def _strata(results: Results, differences: pd.DataFrame, part: str) -> str:
         for stratum in results.strata:
             row = kept.loc[(variant, counterpart, stratum)]
             star = "*" if row["low"] > 0 or row["high"] < 0 else ""
-            cells.append(f"{_signed(row['percent'])}{star}")
+            cells.append(f"{signed(row['percent'])}{star}")
         rows.append([variant, counterpart, *cells])
     return (
         f"### {TITLES[part]}, by terrain\n\nDifference of the standardised RMSE in %; a star where the interval over "
         "seeds leaves out 0, not corrected for the number of strata or variants.\n\n"
-        + _markdown(["variant", "against", *results.strata], rows)
+        + markdown(["variant", "against", *results.strata], rows)
     )
 
 
@@ -164,10 +168,10 @@ def _cost(results: Results, table: pd.DataFrame) -> str:
             for scalar in dict.fromkeys(own.index.get_level_values(0))
         ]
         cells = [f"{row['seconds_a_step']:.4f}", f"{row['seconds_a_step'] / base:.2f}"]
-        cells += [_number(row.get("peak_memory_mib")), f"{row['seconds']:.0f}", ", ".join(moved)]
+        cells += [number(row.get("peak_memory_mib")), f"{row['seconds']:.0f}", ", ".join(moved)]
         rows.append([str(name), *cells])
     header = ["", "s a step", "of the baseline's", "peak memory, MiB", "s a run", "scalars, first → last"]
-    return "## Cost, and what the biases learned\n\nMeans over seeds.\n\n" + _markdown(header, rows)
+    return "## Cost, and what the biases learned\n\nMeans over seeds.\n\n" + markdown(header, rows)
 
 
 def _reading(results: Results, differences: pd.DataFrame) -> str:
@@ -217,9 +221,9 @@ def _headline(
 
 def _change(row: dict[Any, Any], metric: str) -> str:
     if metric not in LOWER_IS_BETTER:
-        return f"{_signed(row['difference'])}, over seeds {_interval(row['low'], row['high'])}"
-    ends = _interval(row["percent_low"], row["percent_high"])
-    return f"error {_signed(row['percent'])} %, over seeds {ends}"
+        return f"{signed(row['difference'])}, over seeds {interval(row['low'], row['high'])}"
+    ends = interval(row["percent_low"], row["percent_high"])
+    return f"error {signed(row['percent'])} %, over seeds {ends}"
 
 
 def _by_variant(table: pd.DataFrame, part: str, metric: str, stratum: str) -> dict[tuple[str, str], float]:
@@ -232,20 +236,24 @@ def _means(groups: Any) -> pd.Series:
     return groups.agg(lambda values: values.mean(skipna=False))
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Four digits, or nothing."""
     if value is None or not math.isfinite(value):
         return ""
     return f"{value:.4g}"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """Three digits with a sign, or nothing."""
     return f"{value:+.3g}" if math.isfinite(value) else ""
 
 
-def _interval(low: float, high: float) -> str:
+def interval(low: float, high: float) -> str:
+    """Both ends, or none."""
     return f"{low:+.3g} to {high:+.3g}" if math.isfinite(low) else "none"
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

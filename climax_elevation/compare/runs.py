@@ -20,7 +20,7 @@ from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -47,6 +47,7 @@ from climax_elevation.testbed.fit import (
     one_thread,
     quiet,
 )
+from climax_elevation.testbed.infill import InfillFit
 from climax_elevation.training import TerrainCallback
 from climax_elevation.upstream.arch import climax_class
 from climax_elevation.upstream.config import CLIMAX_CLASS, STAND_IN_CLASS
@@ -99,6 +100,22 @@ class Task:
     def done(self) -> bool:
         """Whether it was finished."""
         return (self.folder / RECORD).is_file()
+
+    def work(self, device: int | None, on_step: Callable[[float | None], None]) -> None:
+        """Train and score it."""
+        run(self, device, on_step)
+
+
+class Work(Protocol):
+    """What `run_all` asks of a task."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def training(self) -> TrainingSettings: ...
+
+    def work(self, device: int | None, on_step: Callable[[float | None], None]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -177,10 +194,8 @@ def run(task: Task, device: int | None, on_step: Callable[[float | None], None])
         device: Index of a GPU; None: the CPU.
         on_step: Called after every training step.
     """
-    partial = task.folder.parent / f".{task.folder.name}.{os.getpid()}{PARTIAL}"
-    partial.mkdir(parents=True)
-    try:
-        with _log_to(partial / LOG), one_thread():
+    with whole(task.folder) as partial:
+        with one_thread():
             started = time.perf_counter()
             scorer = Scorer.of(task.data, task.strata, task.model.patch_size, task.training.batch_size)
             img_size = [len(axis) for axis in scorer.data.get_lat_lon()]
@@ -194,14 +209,24 @@ def run(task: Task, device: int | None, on_step: Callable[[float | None], None])
                 device=device,
                 keep_best=task.keep_best,
             )
-            record = _record(task, fitted, device)
+            record = record_of(task.configuration, fitted, device)
             samples = {part: scorer.network(net, part) for part in PARTS}
             record["seconds"] = time.perf_counter() - started
         save_samples(partial / SAMPLES, samples, task.data.out_variables, scorer.strata.names)
         torch.save({"state_dict": fitted.module.cpu().state_dict()}, partial / WEIGHTS)
         (partial / CONFIG).write_text(yaml.safe_dump(_configuration(task, img_size), sort_keys=False))
         (partial / RECORD).write_text(json.dumps(record, indent=2))
-        os.replace(partial, task.folder)
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to write to, with what the library logs, that becomes `folder` at the end, or nothing."""
+    partial = folder.parent / f".{folder.name}.{os.getpid()}{PARTIAL}"
+    partial.mkdir(parents=True)
+    try:
+        with _log_to(partial / LOG):
+            yield partial
+        os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -221,19 +246,20 @@ def _configuration(task: Task, img_size: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _record(task: Task, fitted: Fitted, device: int | None) -> dict[str, Any]:
+def record_of(configuration: dict[str, Any], fitted: Fitted | InfillFit, device: int | None) -> dict[str, Any]:
+    """What is kept of a training beside its weights and scores."""
     return {
-        "configuration": task.configuration,
+        "configuration": configuration,
         "versions": {name: version(name) for name in ("torch", "timm", "pytorch-lightning")},
         "device": "cpu" if device is None else torch.cuda.get_device_name(device),
         "seconds_a_step": fitted.seconds_a_step,
-        "peak_memory_mib": _peak_memory_mib(device),
+        "peak_memory_mib": peak_memory_mib(device),
         "scalars": fitted.scalars,
         "curve": fitted.curve,
     }
 
 
-def _peak_memory_mib(device: int | None) -> float | None:
+def peak_memory_mib(device: int | None) -> float | None:
     """Most memory so far: of the GPU's allocations, or of the whole process, libraries included."""
     if device is not None:
         return torch.cuda.max_memory_allocated(device) / MIB
@@ -261,7 +287,7 @@ def _log_to(path: Path) -> Iterator[None]:
         library.propagate = propagate
 
 
-def run_all(tasks: Sequence[Task], jobs: int, devices: Sequence[int]) -> None:
+def run_all(tasks: Sequence[Work], jobs: int, devices: Sequence[int]) -> None:
     """Run tasks, `jobs` at a time, each in a process of its own, with one progress bar over all.
 
     Args:
@@ -298,14 +324,14 @@ def run_all(tasks: Sequence[Task], jobs: int, devices: Sequence[int]) -> None:
 
 @dataclass
 class _Running:
-    task: Task
+    task: Work
     slot: int
     process: BaseProcess
     pipe: Connection
     steps: int = 0
 
 
-def _start(task: Task, slot: int, device: int | None) -> _Running:
+def _start(task: Work, slot: int, device: int | None) -> _Running:
     # from a server that has the libraries loaded, where there is one: a fresh process takes seconds to load them
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -342,7 +368,7 @@ def _listen(running: _Running, bar: tqdm) -> bool:
     return True
 
 
-def _child(task: Task, device: int | None, pipe: Connection) -> None:
+def _child(task: Work, device: int | None, pipe: Connection) -> None:
     # Ctrl-C goes to all processes of a terminal; the parent decides
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -356,7 +382,7 @@ def _child(task: Task, device: int | None, pipe: Connection) -> None:
             pipe.send(("steps", steps))
 
     try:
-        run(task, device, on_step)
+        task.work(device, on_step)
     except InputError as error:
         pipe.send(("mistake", str(error)))
     except BaseException:

@@ -34,7 +34,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from climax_elevation.compare.config import Configuration
+from climax_elevation.compare.config import Design
 from climax_elevation.compare.runs import Finished
 from climax_elevation.compare.scores import LOWER_IS_BETTER, MEAN, METRICS, PARTS, Samples, score
 from climax_elevation.compare.significance import holm, paired_t, percentiles, resample
@@ -60,9 +60,10 @@ class Results:
         references: By part, "persistence" and "climatology".
         floors: Of the tracer, by part; see `climax_elevation.testbed.tracer.Floor`.
         host: "ClimaX" or "stand-in".
+        metrics: Those that there are, of `climax_elevation.compare.scores.METRICS`.
     """
 
-    configuration: Configuration
+    configuration: Design
     variables: list[str]
     strata: tuple[str, ...]
     std: Array
@@ -70,10 +71,15 @@ class Results:
     references: dict[str, dict[str, Samples]]
     floors: dict[str, dict[str, float]]
     host: str
+    metrics: tuple[str, ...] = METRICS
 
     def score(self, metric: str, samples: Samples, part: str, counts: Array | None = None) -> Array:
         """`climax_elevation.compare.scores.score` against this part's references."""
-        return score(metric, samples, self.references[part], self.std, counts)
+        return score(metric, samples, self.references.get(part, {}), self.std, counts)
+
+    def shard(self, part: str) -> NDArray[np.integer]:
+        """Which shard each sample of a part is of; the same for all runs."""
+        return next(iter(self.runs.values())).samples[part].shard
 
     def of_variant(self, metric: str, variant: str, part: str) -> Array:
         """Of each seed, `[seeds, V + 1, K]`."""
@@ -103,7 +109,7 @@ def results_table(results: Results) -> pd.DataFrame:
             rows += _score_rows(results, variant, seed, part, run.samples[part])
         rows += _cost_rows(variant, seed, run.record)
     for part in PARTS:
-        for name, samples in results.references[part].items():
+        for name, samples in results.references.get(part, {}).items():
             rows += _score_rows(results, name, None, part, samples)
         for name in ("initial_wind", "true_wind"):
             if part in results.floors:
@@ -115,7 +121,7 @@ def results_table(results: Results) -> pd.DataFrame:
 
 def _score_rows(results: Results, variant: str, seed: int | None, part: str, samples: Samples) -> list[dict[str, Any]]:
     rows = []
-    for metric in METRICS:
+    for metric in results.metrics:
         values = results.score(metric, samples, part)[0]
         for v, variable, k, stratum in results.places():
             if metric != "acc" or stratum == ALL:
@@ -153,8 +159,8 @@ def differences_table(results: Results) -> pd.DataFrame:
     settings = results.configuration.statistics
     rows: list[dict[str, Any]] = []
     for part in PARTS:
-        counts = resample(results.references[part]["persistence"].shard, settings)
-        for metric in METRICS:
+        counts = resample(results.shard(part), settings)
+        for metric in results.metrics:
             rows += _metric_rows(results, part, metric, counts)
     if not rows:
         return pd.DataFrame(columns=["variant", "counterpart", "part", "metric", "variable", "stratum", "verdict"])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -256,12 +257,10 @@ def _number(path: Path, row: int, column: str, text: str) -> float:
 
 
 def _date(path: Path, row: int, text: str) -> np.datetime64:
-    stamp: np.datetime64
-    try:
+    stamp: np.datetime64 | None = None
+    with suppress(ValueError):
         stamp = np.datetime64(text.strip().removesuffix("Z"), "s")
-    except ValueError:
-        stamp = np.datetime64("NaT")
-    if np.isnat(stamp):
+    if stamp is None or np.isnat(stamp):
         raise InputError(f"{path}, row {row}: time is an ISO date such as 2004-01-01T06:00, not {text!r}")
     return stamp
 

@@ -302,7 +302,9 @@ def build_infill(
     """A fresh network; the host's weights depend on the seed alone, not on the bias."""
     torch.manual_seed(seed)
     net = InfillNetwork(settings)
-    of_attach, _, own = split_arguments(bias_args)
+    of_attach, control, own = split_arguments(bias_args)
+    if control.get("control") == "flat":
+        of_attach["terrain_is_flat"] = True
     if bias_type is not None:
         attach_blocks(net, bias_type, points=True, bias_args=own, **{"blocks": "all", **of_attach})
     return net
@@ -400,11 +402,11 @@ class Infill:
         after = bias_scalars(net)
         return InfillFit(curve, median(seconds), {name: (before[name], after[name]) for name in after})
 
-    def infer(self, net: InfillNetwork, part: str, batch_size: int = 256) -> Array:
-        """The network's anomalies at all stations, `[times of the part, S]`, from what is visible there."""
-        times = self.series.parts[part]
-        x = torch.from_numpy(self.series.x[times]).float()
-        visible = torch.from_numpy(self.visible(part))
+    def infer(self, net: InfillNetwork, part: str, most: int | None = None) -> Array:
+        """The network's anomalies at all stations, `[times, S]`, at a part's times or its first `most` of them."""
+        batch_size = 256
+        x = torch.from_numpy(self.series.x[self.series.parts[part]][:most]).float()
+        visible = torch.from_numpy(self.visible(part)[:most])
         places = self.series.inputs(~self.unseen, self.elevation_input)
         net.eval()
         with torch.no_grad(), _over(net, self.terrain):
