@@ -16,6 +16,7 @@ from climax_elevation.errors import InputError
 from climax_elevation.testbed import demo as module
 from climax_elevation.testbed.altitude import region_elevation
 from climax_elevation.testbed.demo import DemoReport, demo
+from climax_elevation.testbed.fit import denormals_as_zero
 from climax_elevation.testbed.gaussian_field import GaussianField, visible_cells
 
 STEPS = 20
@@ -183,3 +184,16 @@ def test_the_command_has_two_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for arguments in ([], ["--bias", "ridge"], ["--task", "transport"], ["--task", "transport", "--bias", "ridge"]):
         assert main(["demo", "--out", str(tmp_path), *arguments]) == 0
     assert called == [("gaps", "structure"), ("gaps", "ridge"), ("transport", "physics"), ("transport", "ridge")]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_tails_of_gaussians_are_zero_while_training_and_then_as_before(before: bool) -> None:
+    if not torch.set_flush_denormal(before):
+        pytest.skip("this processor cannot")
+    tail = torch.tensor(1e-38)
+    try:
+        with denormals_as_zero():
+            assert tail / 16 == 0
+        assert bool(tail / 16 == 0) == before
+    finally:
+        torch.set_flush_denormal(False)

@@ -351,6 +351,7 @@ BIASES = {
     "ridge": {"static_terrain": True},
     "advection": {},
     "advection+ridge": {"static_terrain": True},
+    "structure": {},
     "topoflow": {},
 }
 

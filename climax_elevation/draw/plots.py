@@ -60,6 +60,9 @@ PARAMETERS = {
     "adaptive_scale": "scale (dimensionless)",
     "log_kappa": "log kappa (dimensionless)",
     "fraction": "fraction (of the lead time)",
+    "log_length": "log length (patches)",
+    "log_height": "log height (m)",
+    "log_land": "log share of land",
 }
 
 

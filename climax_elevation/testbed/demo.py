@@ -24,7 +24,14 @@ from climax_elevation.host import StandInClimaX
 from climax_elevation.options import AttachOptions
 from climax_elevation.terrain.sphere import EARTH_RADIUS_M
 from climax_elevation.testbed.altitude import ElevationMap, region_elevation
-from climax_elevation.testbed.fit import WARM_UP_SHARE, ModelSettings, bias_scalars, build_network, one_thread
+from climax_elevation.testbed.fit import (
+    WARM_UP_SHARE,
+    ModelSettings,
+    bias_scalars,
+    build_network,
+    denormals_as_zero,
+    one_thread,
+)
 from climax_elevation.testbed.gaussian_field import GaussianField, Mask, visible_cells
 from climax_elevation.training import bias_parameters
 
@@ -40,7 +47,7 @@ MODEL = ModelSettings(patch_size=1, embed_dim=64, depth=2, decoder_depth=1, num_
 LENGTH_CELLS = 3.0  # L in the side of a square as large as the mean cell
 HEIGHT_M = 500.0
 SHARE_VISIBLE = 0.2
-BATCH = 8
+BATCH = 16
 LEARNING_RATE = 6e-3
 WEIGHT_DECAY = 1e-5
 CLIP = 1.0  # norm of the gradient
@@ -207,7 +214,7 @@ def demo(
     data = _simulated(field, fields, seed)
     test, validation = data["test"], data["val"]
     out.mkdir(parents=True, exist_ok=True)
-    with one_thread():
+    with one_thread(), denormals_as_zero():
         runs = {name: _train(net, channels, data, seed, steps, name) for name, net in networks.items()}
     report = DemoReport(
         region,
