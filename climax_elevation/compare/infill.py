@@ -52,7 +52,7 @@ from climax_elevation.compare.strata import ALL
 from climax_elevation.compare.tables import Results, differences_table, results_table
 from climax_elevation.errors import InputError
 from climax_elevation.files import alone
-from climax_elevation.testbed.fit import TrainingSettings, one_thread
+from climax_elevation.testbed.fit import TrainingSettings, denormals_as_zero, one_thread
 from climax_elevation.testbed.infill import (
     MOST_TIMES_FITTED,
     Infill,
@@ -194,7 +194,7 @@ class InfillTask:
 
     def work(self, device: int | None, on_step: Callable[[float | None], None]) -> None:
         """Train and score; the run's folder appears whole or not at all. Networks this small gain nothing on GPUs."""
-        with whole(self.folder) as partial, one_thread():
+        with whole(self.folder) as partial, one_thread(), denormals_as_zero():
             started = time.perf_counter()
             series = read_series(self.data)
             net, infill = self.network(), self.on(series)
