@@ -134,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--patch-size", type=int, default=2, metavar="N", help="crop to a multiple of N (default: 2)")
     prepare.add_argument("--predict-range", type=int, default=1, metavar="N", help="steps that shards must outlast")
     prepare.add_argument("--shard-steps", type=int, metavar="N", help="longest shard (default: an eighth of training)")
+    prepare.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="make shards that N processes can share (default: 1)"
+    )
     prepare.add_argument("--variables", nargs="+", metavar="NAME", help="what to take (default: all ClimaX knows)")
     prepare.add_argument("--levels", nargs="+", type=int, metavar="HPA", help="pressure levels (default: ClimaX's)")
     prepare.add_argument("--units", nargs="+", metavar="NAME=UNIT", help="units that the source lacks or has wrong")

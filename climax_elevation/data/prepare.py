@@ -97,6 +97,7 @@ def prepare(
     predict_range: int = 1,
     patch_size: int = 2,
     shard_steps: int | None = None,
+    processes: int = 1,
     regrid: str | None = None,
     select: Mapping[str, str] | None = None,
     every: int = 1,
@@ -129,6 +130,8 @@ def prepare(
         patch_size: Height and width are cropped to a multiple of it, last rows and columns first.
         shard_steps: Longest shard, in steps; shards of a partition differ by one step at most. None:
             an eighth of training, at most 256 MiB.
+        processes: Of training. Each partition gets a multiple of so many shards, since ClimaX's readers give whole
+            ones to processes and leave the rest out. Every boundary between shards takes predict_range pairs.
         regrid: "5.625", "2.8125" or "1.40625": regrid conservatively to ClimaX's global grid.
         select: Value by coordinate, of forecast runs, members and the like: `{"step": "6"}`, `{"number": "0"}`.
         every: Every how many-th step is taken.
@@ -152,6 +155,7 @@ def prepare(
     field gives zeros.
     """
     sizes = {"predict_range": predict_range, "patch_size": patch_size, "shard_steps": shard_steps, "every": every}
+    sizes |= {"processes": processes}
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
@@ -169,6 +173,7 @@ def prepare(
     further_options: dict[str, Any] = {
         "select": dict(select or {}),
         "every": every if every > 1 else None,
+        "processes": processes if processes > 1 else None,
         "winds": winds,
         "orography": orography,
         "sea_level_where_missing": sea_level_where_missing,
@@ -219,6 +224,7 @@ def prepare(
             axis,
             parts,
             shard_steps=shard_steps,
+            processes=processes,
             predict_range=predict_range,
             step_bytes=_step_bytes(fields, grid),
         )

@@ -2,6 +2,7 @@
 
 import re
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -142,7 +143,13 @@ def _date(text: str) -> str:
 
 
 def plan_shards(
-    axis: TimeAxis, parts: dict[str, range], *, shard_steps: int | None, predict_range: int, step_bytes: int
+    axis: TimeAxis,
+    parts: dict[str, range],
+    *,
+    shard_steps: int | None,
+    predict_range: int,
+    step_bytes: int,
+    processes: int = 1,
 ) -> list[Shard]:
     """Cut each partition at its gaps, and what is between into shards of nearly equal length.
 
@@ -159,12 +166,14 @@ def plan_shards(
             `predict_range`, and at most 256 MiB.
         predict_range: Steps between input and target.
         step_bytes: Size of one step in a shard.
+        processes: Each partition gets a multiple of so many shards, so that readers which take whole ones leave none
+            of them out.
 
     Returns:
         The shards in order of time.
 
     Raises:
-        InputError: If a partition or `shard_steps` is too short for `predict_range`.
+        InputError: If a partition or `shard_steps` is too short for `predict_range`, or a partition for `processes`.
     """
     if shard_steps is None:
         comfortable = max(ceil(len(parts["train"]) / 8), 20 * predict_range)
@@ -182,14 +191,36 @@ def plan_shards(
                 "give it more time with val_from and test_from, or a longer source"
             )
         index = 0
-        for piece in usable:
-            count = min(ceil(len(piece) / shard_steps), len(piece) // (predict_range + 1))
+        counts = [min(ceil(len(piece) / shard_steps), len(piece) // (predict_range + 1)) for piece in usable]
+        _share_out(counts, usable, predict_range, processes, partition)
+        for piece, count in zip(usable, counts, strict=True):
             bounds = [piece.start + len(piece) * number // count for number in range(count + 1)]
             for start, stop in pairwise(bounds):
                 stamp = axis.stamps[start][:13].replace(":", "")
                 shards.append(Shard(f"{partition}/{index:05d}_{stamp}.npz", start, stop))
                 index += 1
     return shards
+
+
+def _share_out(counts: list[int], pieces: Sequence[range], predict_range: int, processes: int, partition: str) -> None:
+    """Raise the numbers of shards, those of the longest shards first, until `processes` divides their sum."""
+    most = [len(piece) // (predict_range + 1) for piece in pieces]
+    wanted = ceil(sum(counts) / processes) * processes
+    if wanted > sum(most):
+        wanted = sum(most) // processes * processes
+    if wanted < len(pieces):  # a shard never crosses a gap
+        gaps = f" in {len(pieces)} pieces without a gap" if len(pieces) > 1 else ""
+        raise InputError(
+            f"{partition} has {sum(map(len, pieces))} time steps{gaps}, which make {len(pieces)} to {sum(most)} shards "
+            f"longer than predict_range {predict_range}, and no multiple of {processes}: use fewer processes, or give "
+            "it more time with val_from and test_from"
+        )
+    while sum(counts) != wanted:
+        growing = sum(counts) < wanted
+        lengths = [len(piece) / count for piece, count in zip(pieces, counts, strict=True)]
+        open_to = [index for index, count in enumerate(counts) if (count < most[index] if growing else count > 1)]
+        chosen = (max if growing else min)(open_to, key=lambda index: lengths[index])
+        counts[chosen] += 1 if growing else -1
 
 
 def _pieces(steps: range, gaps: tuple[int, ...]) -> list[range]:
