@@ -64,8 +64,8 @@ class AttachOptions:
         None,
         "float",
         "m",
-        "distance between pixels of a plane grid, where advection and structure have no latitudes; rows go from south to "
-        "north",
+        "distance between pixels of a plane grid, where advection and structure have no latitudes; rows go from south "
+        "to north",
     )
     patch_order: str = _option(
         "raster",
