@@ -49,7 +49,11 @@ def test_reports_what_came_out(report: DemoReport) -> None:
 def test_the_learned_lengths_are_told_beside_the_true_ones(report: DemoReport) -> None:
     run = report.runs["with structure"]
     assert set(run.lengths_m) == {"blocks.0", "blocks.1"}
-    heights = run.lengths_m["blocks.1"][1]
+    lengths, heights = run.lengths_m["blocks.1"]
+    # from one patch, of 1 degree from south to north, to a quarter of 16
+    patch_m = np.deg2rad(1.0) * 6.371e6
+    assert lengths[[0, -1], 0] == pytest.approx([patch_m, 4 * patch_m], rel=1e-3)
+    assert (lengths[:, 0] != lengths[:, 1]).all()
     assert heights[:, 0] == pytest.approx([300, 600, 150, 1e4])
     assert (heights[:, 0] != heights[:, 1]).all()
     text = str(report)
@@ -99,7 +103,7 @@ def test_training_lowers_the_error(report: DemoReport) -> None:
 def test_picture_is_written(report: DemoReport) -> None:
     from matplotlib.image import imread
 
-    assert imread(report.picture).shape == (900, 1600, 4)
+    assert imread(report.picture).shape == (700, 1500, 4)
 
 
 def test_the_field_has_its_covariance() -> None:

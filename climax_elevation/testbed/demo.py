@@ -314,6 +314,7 @@ def _infer(net: StandInClimaX, channels: list[str], fields: Fields) -> Tensor:
 
 def _train(net: StandInClimaX, channels: list[str], data: dict[str, Fields], seed: int, steps: int, name: str) -> Run:
     """Least squares over what is hidden; other patches are visible at every step."""
+    _score(net, channels, Fields(data["val"].values[:1], data["val"].visible[:1]))  # biases now know their grid
     start, lengths = bias_scalars(net), _lengths(net)
     of_bias = list(bias_parameters(net).values())
     ids = {id(parameter) for parameter in of_bias}
@@ -373,19 +374,22 @@ def _draw(report: DemoReport) -> None:
     from climax_elevation.draw.plots import new_figure, readable_fonts
 
     with readable_fonts():
-        figure = new_figure(16, 9)
+        figure = new_figure(15, 7)
         first, second, third = report.runs
         panels = figure.subplot_mosaic([["truth", "visible", "errors"], [first, second, third]])
         seen = np.where(report.visible, report.truth, np.nan)
         maps = {"truth": ("Truth", report.truth), "visible": ("What is visible: a fifth of the patches", seen)}
         for name, run in report.runs.items():
             hidden = float(np.sqrt(np.square(run.example - report.truth)[~report.visible].mean()))
-            maps[name] = (f"Inferred {name}\n(error here {hidden:.2f})", np.where(report.visible, np.nan, run.example))
+            maps[name] = (
+                f"Inferred {name}\n(error where hidden {hidden:.2f})",
+                np.where(report.visible, report.truth, run.example),
+            )
         limit = float(np.abs(report.truth).max())
         for name, (title, values) in maps.items():
             _map(panels[name], report.field.ground, values, title, limit)
         _curves(panels["errors"], report)
-        figure.suptitle(f"A simulated field over real terrain: {report.region}", fontsize=16)
+        figure.suptitle(f"A simulated field over real terrain (lines: elevation): {report.region}", fontsize=16)
         figure.savefig(report.picture, dpi=100)
 
 
@@ -395,7 +399,7 @@ def _map(axes: Axes, ground: ElevationMap, values: Array, title: str, limit: flo
     shape = ground.elevation_m.shape
     elevation = Field(ground.lat, ground.lon, ground.elevation_m)
     shown = Field(ground.lat, ground.lon, values.reshape(shape))
-    draw_map(axes, shown, title, "standard deviations (lines: elevation)", "RdBu_r", (-limit, limit), elevation)
+    draw_map(axes, shown, title, "standard deviations", "RdBu_r", (-limit, limit), elevation)
 
 
 def _curves(axes: Axes, report: DemoReport) -> None:
@@ -405,7 +409,7 @@ def _curves(axes: Axes, report: DemoReport) -> None:
         axes.plot(steps, errors, style, color=colour, lw=2, label=name)
     axes.axhline(1.0, color="0.3", ls=":", lw=2, label="climatology")
     axes.axhline(report.floor_over_training, color="#009e73", ls="-.", lw=2, label="floor: true covariance")
-    axes.set_ylim(0, 1.6 * max(1.0, axes.get_ylim()[1]))
+    axes.set_ylim(0, 1.7 * max(1.0, axes.get_ylim()[1]))
     axes.set_title("Error over training, validation fields", fontsize=14)
     axes.set_xlabel("training step", fontsize=12)
     axes.set_ylabel("root mean square error\n(standard deviations)", fontsize=12)
