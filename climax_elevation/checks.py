@@ -36,7 +36,7 @@ def not_below_zero(name: str, value: float) -> float:
 def share(name: str, value: float) -> float:
     """`value` as a float; InputError unless it is from 0 to below 1."""
     if not 0 <= finite(name, value) < 1:
-        raise InputError(f"{name} is from 0 to below 1, not {value!r}")
+        raise InputError(f"{name} is a share from 0 to below 1, not {value!r}")
     return float(value)
 
 
