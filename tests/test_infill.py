@@ -54,7 +54,7 @@ def test_both_arms_and_what_weather_services_use_are_reported_and_runs_are_kept(
     assert set(table.stratum.dropna()) == {"all", "seen in training", "never seen"}
     assert {"none", "physics", "climatology", "inverse distance"} <= set(table.variant)
     assert np.isfinite(table[table.metric == "rmse"].value).all()
-    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("seed*/run.json")}
+    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/runs/*/seed*/run.json")}
     assert len(runs) == 8  # two variants, two seeds, two arms
     capsys.readouterr()
     assert main(command) == 0

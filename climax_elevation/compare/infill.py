@@ -51,7 +51,7 @@ from climax_elevation.compare.stored import (
 from climax_elevation.compare.strata import ALL
 from climax_elevation.compare.tables import Results, differences_table, results_table
 from climax_elevation.errors import InputError
-from climax_elevation.files import alone
+from climax_elevation.files import alone, check_own
 from climax_elevation.testbed.fit import TrainingSettings, denormals_as_zero, one_thread
 from climax_elevation.testbed.infill import (
     MOST_TIMES_FITTED,
@@ -236,6 +236,7 @@ def compare_infill(
     configuration = read_infill(config, out=out, seeds=seeds, variants=variants)
     jobs = 1 if jobs is None else count("--jobs", jobs)
     out = configuration.out
+    check_own(out, (FILES,), "a comparison")
     with alone(out, f"another comparison is running in {out}: wait for it, or give another --out"):
         return _compare(configuration, jobs)
 
