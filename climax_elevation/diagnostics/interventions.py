@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves
 from climax_elevation.checks import finite, one_of
+from climax_elevation.data.format import PARTITIONS
 from climax_elevation.diagnostics.strength import evaluating, terrain_blocks
 from climax_elevation.host.metrics import lat_weighted_rmse
 from climax_elevation.host.shards import Normalize
@@ -25,7 +26,7 @@ from climax_elevation.terrain.controls import level
 if TYPE_CHECKING:
     from climax_elevation.terrain.fields import Terrain
 
-PARTS = ("val", "test")
+PARTS = PARTITIONS[1:]  # that a run was not trained on
 PERMUTATION_SEED = 0
 
 
