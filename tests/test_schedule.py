@@ -164,3 +164,11 @@ def test_a_run_without_a_validation_is_refused_at_its_start(host, root, tmp_path
     with pytest.raises(InputError, match="ModelCheckpoint waits for 'val/w_rmse', and the run ends after 2 batches"):
         train("global_forecast", host, [*forecasting(root, tmp_path / "out"), *more])
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_metrics_say_the_lead_time_of_either_host(host, root, tmp_path):
+    train("global_forecast", host, [*forecasting(root, tmp_path / "out"), "--data.hrs_each_step=6"])
+    header = next((tmp_path / "out").rglob("metrics.csv")).read_text().splitlines()[0]
+    named = [name for name in header.split(",") if "w_rmse_2m_temperature" in name]
+    assert named
+    assert all(name.endswith("_12_hours") for name in named)

@@ -132,6 +132,9 @@ class TrainingCLI(LightningCLI):
         if any(isinstance(callback, TerrainCallback) for callback in trainer.callbacks):
             check_datamodule(self.model, self.datamodule)
         self._check_schedule()
+        hours = getattr(self.datamodule.hparams, "hrs_each_step", 1)
+        if hasattr(self.model, "set_pred_range"):  # upstream's, which names metrics by steps as if they were hours
+            self.model.set_pred_range = _in_hours(self.model.set_pred_range, hours)
         if self.config.trainer.fast_dev_run:
             # upstream's scripts test the best checkpoint, and this saves none
             self.trainer.test = _without_checkpoint(self.trainer.test)  # type: ignore[method-assign]
@@ -256,6 +259,10 @@ def _of_system(error: OSError) -> str:
         return f"{error.filename or _line(error)} does not exist"
     reason = error.strerror or _line(error)
     return f"{error.filename}: {reason}; name another" if error.filename else _line(error)
+
+
+def _in_hours(set_range: Callable[[int], None], hours_a_step: int) -> Callable[[int], None]:
+    return lambda steps: set_range(steps * hours_a_step)
 
 
 def _without_checkpoint(test: Callable[..., Any]) -> Callable[..., Any]:
