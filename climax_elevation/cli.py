@@ -268,14 +268,10 @@ def _add_opening_options(parser: argparse.ArgumentParser, data: str) -> None:
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> None:
-    if options.task == "transport":
-        from climax_elevation.testbed.transport import transport
-
-        print(transport(options.out, region=options.region, bias=options.bias or "physics", seed=options.seed))
-    else:
-        from climax_elevation.testbed.demo import demo
-
-        print(demo(options.out, region=options.region, bias=options.bias or "structure", seed=options.seed))
+    name = "transport" if options.task == "transport" else "demo"
+    show = getattr(importlib.import_module(f"climax_elevation.testbed.{name}"), name)
+    bias = {} if options.bias is None else {"bias": options.bias}
+    print(show(options.out, region=options.region, seed=options.seed, **bias))
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> None:

@@ -19,7 +19,7 @@ from climax_elevation.attachment import WIND_FIELDS
 from climax_elevation.bias import StructureBias, build_bias
 from climax_elevation.diagnostics.view import Field
 from climax_elevation.errors import InputError
-from climax_elevation.files import check_folder
+from climax_elevation.files import check_folder, check_own
 from climax_elevation.host import StandInClimaX
 from climax_elevation.options import AttachOptions
 from climax_elevation.terrain.sphere import EARTH_RADIUS_M
@@ -196,6 +196,7 @@ def demo(
     """
     out = Path(out)
     check_folder("the folder", out)
+    check_own(out, (PICTURE,), "a demo's picture")
     check_extra()
     if steps < VALIDATIONS or fields < LEAST_FIELDS:
         raise InputError(
