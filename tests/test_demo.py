@@ -1,5 +1,6 @@
 """The demonstration, end to end, with a few steps of training; and its field, whose least error is known."""
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,8 +184,13 @@ def test_the_command_has_two_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     from climax_elevation.testbed import transport as other
 
     called = []
-    monkeypatch.setattr(module, "demo", lambda out, **given: called.append(("gaps", given["bias"])))
-    monkeypatch.setattr(other, "transport", lambda out, **given: called.append(("transport", given["bias"])))
+    for where, name, task in ((module, "demo", "gaps"), (other, "transport", "transport")):
+        usual = inspect.signature(getattr(where, name)).parameters["bias"].default
+
+        def show(out: Path, *, bias: str = usual, task: str = task, **_: object) -> None:
+            called.append((task, bias))
+
+        monkeypatch.setattr(where, name, show)
     for arguments in ([], ["--bias", "ridge"], ["--task", "transport"], ["--task", "transport", "--bias", "ridge"]):
         assert main(["demo", "--out", str(tmp_path), *arguments]) == 0
     assert called == [("gaps", "structure"), ("gaps", "ridge"), ("transport", "physics"), ("transport", "ridge")]
