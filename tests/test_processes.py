@@ -28,6 +28,8 @@ from climax_elevation.host.module import GlobalForecastModule
 from climax_elevation.train import train
 from climax_elevation.training import TerrainCallback
 
+pytestmark = pytest.mark.slow
+
 AGREE = 1e-6
 STEPS = 2000
 

@@ -76,6 +76,7 @@ def test_from_an_epochs_end_where_steps_are_counted(no_climax, shards, tmp_path)
     assert counted[1] == counted[0]
 
 
+@pytest.mark.slow
 def test_in_two_processes(no_climax, shards, tmp_path):
     parallel = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=2", *kept(1)]
 

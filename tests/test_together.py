@@ -6,6 +6,8 @@ import tiny_data
 from test_launch import ON, forecasting, launched
 from test_sick import spoil
 
+pytestmark = pytest.mark.slow
+
 PARALLEL = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=1"]
 
 

@@ -93,6 +93,7 @@ def test_mistakes_are_told_before_anything_is_written(arguments: dict, message: 
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in EVERY_BIAS if case != "physics"])
 def test_every_bias_can_be_shown(tmp_path: Path, case: str) -> None:
     name, arguments = EVERY_BIAS[case]
