@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -275,6 +276,8 @@ def _demo(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> None:
+    # before torch is there: its store of processes warns with stack traces where one of them has ended
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from climax_elevation.train import train
 
     train(

@@ -128,6 +128,9 @@ REFUSED = [
 ]
 
 
+REST = {"trainer": {"max_epochs": 1}, "data": {}}
+
+
 def with_net(model):
     """The part `model` of a configuration, whose network, if it has one, is ClimaX."""
     return {**model, "net": {"class_path": "climax.arch.ClimaX", **model["net"]}} if "net" in model else model
@@ -137,7 +140,7 @@ def with_net(model):
 def test_settings_are_refused(name, value):
     model = {name: value} if not name.startswith("drop") else {"net": {"init_args": {name: value}}}
     with pytest.raises(InputError, match=f"{name} is .* not {value}"):
-        check_settings({"model": with_net(model)})
+        check_settings(REST | {"model": with_net(model)})
     if not name.startswith("drop"):
         with pytest.raises(InputError, match=f"model.{name} is"):
             GlobalForecastModule(torch.nn.Linear(1, 1), **{name: value})
@@ -145,9 +148,9 @@ def test_settings_are_refused(name, value):
 
 def test_settings_that_are_usual_are_not():
     usual = {"lr": 5e-4, "weight_decay": 0.0, "eta_min": 0, "net": {"init_args": {"drop_path": 0.1}}}
-    check_settings({"model": with_net(usual)})
-    check_settings({"model": {"net": None}})
-    check_settings({"model": {"net": "climax.arch.ClimaX"}})
+    check_settings(REST | {"model": with_net(usual)})
+    check_settings(REST | {"model": {"net": None}})
+    check_settings(REST | {"model": {"net": "climax.arch.ClimaX"}})
 
 
 @pytest.mark.parametrize(

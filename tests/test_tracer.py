@@ -317,7 +317,7 @@ def test_mistakes_are_one_sentence(ground: ElevationMap, dataset: Path, tmp_path
     with pytest.raises(InputError, match="a seed is 0 or more"):
         write_tracer_dataset(tmp_path, ground, episodes=EPISODES, seed=-1)
     (tmp_path / "train").mkdir()
-    with pytest.raises(InputError, match="choose another folder"):
+    with pytest.raises(InputError, match="name another folder"):
         write_tracer_dataset(tmp_path, ground, episodes=EPISODES, seed=0)
     with pytest.raises(InputError, match="too few"):
         floor(dataset, tracer_simulator(ground, seed=3, settings=SETTINGS), hours=1, predict_range=3)

@@ -23,7 +23,7 @@ from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCL
 from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.utilities import rank_zero_only
 
-from climax_elevation.checkpoints import check_weights, read_checkpoint, write_whole
+from climax_elevation.checkpoints import check_weights, damage, read_checkpoint, write_whole
 from climax_elevation.crew import EndTogether
 from climax_elevation.errors import InputError
 from climax_elevation.files import check_folder
@@ -173,6 +173,9 @@ class TrainingCLI(LightningCLI):
             return path
         if not Path(path).exists():
             raise InputError(f"{key} {path} does not exist")
+        broken = damage(Path(path)) if Path(path).is_file() else None
+        if broken is not None:
+            raise InputError(f"{key} {path} is {broken}: take another one, or a copy that is whole")
         parts = [Path(path, name) for name in (".metadata", "checkpoint")]  # of checkpoints in several files
         if not (any(part.exists() for part in parts) if Path(path).is_dir() else zipfile.is_zipfile(path)):
             raise InputError(f"{key} {path} is no checkpoint of Lightning's, or damaged: name another")
