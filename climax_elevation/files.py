@@ -6,7 +6,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -63,14 +63,22 @@ def load_npz(path: Path, remedy: str, names: Iterable[str] | None = None) -> dic
             return {name: _numbers(archive[name]) for name in wanted}
 
 
-def npz_shapes(path: Path, remedy: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the arrays of a .npz, from their headers alone; arguments and errors as `load_npz` has them."""
+def npz_shapes(path: Path, remedy: str, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Shapes of some arrays of a .npz, from their headers alone; errors as `load_npz` has them, and where one lacks."""
     with reading(path, remedy), zipfile.ZipFile(_existing(path, remedy)) as archive:
-        return {name.removesuffix(".npy"): _shape(archive, name) for name in archive.namelist()}
+        check_names(path, [name.removesuffix(".npy") for name in archive.namelist()], names)
+        return {name: _shape(archive, name) for name in names}
+
+
+def check_names(path: Path, present: Sequence[str], needed: Sequence[str]) -> None:
+    """Raise InputError unless all names that are needed are there."""
+    missing = [name for name in needed if name not in present]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
 
 
 def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
-    with archive.open(name) as file:
+    with archive.open(f"{name}.npy") as file:
         major = np.lib.format.read_magic(file)[0]
         read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
         return read(file)[0]

@@ -18,7 +18,7 @@ from climax_elevation.upstream.schedule import announced, check_shares, check_va
 def upstreams(root, processes, workers=1, batch_size=2):
     """What upstream's readers have of a folder, without upstream."""
     listers = {f"lister_{part}": sorted((root / part).iterdir()) for part in ("train", "val", "test")}
-    settings = {"predict_range": 2, "num_workers": workers, "batch_size": batch_size}
+    settings = {"variables": tiny_data.VARIABLES, "predict_range": 2, "num_workers": workers, "batch_size": batch_size}
     return count_shares(SimpleNamespace(**listers, hparams=settings), processes)
 
 

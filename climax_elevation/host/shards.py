@@ -21,7 +21,16 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.data.shares import Part, Share, batches_a_process, split, stretch
 from climax_elevation.errors import InputError
-from climax_elevation.files import PREPARE, check_degrees, check_finite, load_npy, load_npz, load_scalars, npz_shapes
+from climax_elevation.files import (
+    PREPARE,
+    check_degrees,
+    check_finite,
+    check_names,
+    load_npy,
+    load_npz,
+    load_scalars,
+    npz_shapes,
+)
 from climax_elevation.host.loading import Loader, ResumableLoader, Stretch
 from climax_elevation.terrain.reader import HOURS_PER_LEAD_TIME
 
@@ -285,7 +294,7 @@ class GlobalForecastDataModule(LightningDataModule):
     def _climatology(self, part: str) -> Tensor:
         path, (lat, lon) = self.root / part / "climatology.npz", self.get_lat_lon()
         arrays = load_npz(path, PREPARE, self.out_variables)
-        _check_variables(path, list(arrays), self.out_variables)
+        check_names(path, list(arrays), self.out_variables)
         check_finite(arrays, path, PREPARE)
         for name, values in arrays.items():
             if values.shape != (1, len(lat), len(lon)):
@@ -373,9 +382,7 @@ def _find_shards(folder: Path, needed: Sequence[str], predict_range: int) -> lis
 
 def _inspect(path: Path, needed: Sequence[str]) -> Shard:
     """Read what a shard holds from its headers alone."""
-    shapes = npz_shapes(path, "prepare it again")
-    _check_variables(path, list(shapes), needed)
-    shapes = {name: shapes[name] for name in needed}
+    shapes = npz_shapes(path, "prepare it again", needed)
     shape = shapes[needed[0]]
     if len(shape) != 4 or shape[1] != 1 or any(other != shape for other in shapes.values()):
         raise InputError(f"{path} has arrays [time, 1, height, width] of one size, not {shapes}")
@@ -395,13 +402,7 @@ def _check_sizes(root: Path, shards: dict[str, list[Shard]], lat: NDArray[Any], 
 def _load_statistics(path: Path, variables: Sequence[str]) -> NDArray[Any]:
     """One a variable, `[V]`."""
     found = load_scalars(path, PREPARE)
-    _check_variables(path, list(found), variables)
+    check_names(path, list(found), variables)
     values = {name: np.array([found[name]]) for name in variables}
     check_finite(values, path, PREPARE)
     return np.concatenate([values[name] for name in variables])
-
-
-def _check_variables(path: Path, present: Sequence[str], needed: Sequence[str]) -> None:
-    missing = [name for name in needed if name not in present]
-    if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")

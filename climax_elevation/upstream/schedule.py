@@ -33,7 +33,8 @@ def count_shares(datamodule: Any, processes: int) -> list[Share]:
 def _of_upstream(datamodule: Any, part: str, processes: int) -> Share:
     """Upstream's reader gives workers whole shards, equally many, and without workers all shards to every process."""
     paths = [path for path in getattr(datamodule, f"lister_{part}") if "climatology" not in str(path)]
-    pairs = sorted(_pairs(Path(path), datamodule.hparams["predict_range"]) for path in paths)
+    variable, predict_range = datamodule.hparams["variables"][0], datamodule.hparams["predict_range"]
+    pairs = sorted(_pairs(Path(path), variable, predict_range) for path in paths)
     workers, batch_size = datamodule.hparams["num_workers"], datamodule.hparams["batch_size"]
     if not workers:
         return Share(part, len(paths), sum(pairs), 0, sum(pairs), ceil(sum(pairs) / batch_size))
@@ -44,9 +45,9 @@ def _of_upstream(datamodule: Any, part: str, processes: int) -> Share:
     return Share(part, len(paths), sum(pairs), left_out, sum(fewest), batches)
 
 
-def _pairs(path: Path, predict_range: int) -> int:
-    shapes = npz_shapes(path, "prepare it again")
-    return max(0, next(iter(shapes.values()))[0] - predict_range) if shapes else 0
+def _pairs(path: Path, variable: str, predict_range: int) -> int:
+    # of one header a shard: every process looks at all shards
+    return max(0, npz_shapes(path, "prepare it again", [variable])[variable][0] - predict_range)
 
 
 def check_shares(shares: Sequence[Share], processes: int, workers: int) -> None:
