@@ -276,7 +276,7 @@ def test_a_stopped_comparison_goes_on(config: Path, done: Comparison, tmp_path: 
     with pytest.raises(InputError, match="another comparison is running"):
         compare(config, out=out)
     os.killpg(process.pid, signal.SIGCONT)
-    time.sleep(0.5)  # all of its processes are at work again
+    time.sleep(0.15)  # all of its processes are at work again, and have not done all that is left
     if how is signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does, to all of its processes
     else:
