@@ -155,8 +155,7 @@ def test_the_errors_are_those_of_the_runs_own_test(folder, runs, request, tmp_pa
     assert main([*arguments[:3], str(tmp_path / "plain.nc"), *arguments[4:], *given, "--bias-scale", "0"]) == 0
     weights = latitude_weights(made.latitude)[:, None]
     for name in OUTPUTS:
-        hours = 12 if host == "stand-in" else 2  # upstream takes steps for hours
-        lightning = pytest.approx(logged(run, f"test/w_rmse_{name}_{hours}_hours")[0], rel=1e-5)
+        lightning = pytest.approx(logged(run, f"test/w_rmse_{name}_12_hours")[0], rel=1e-5)
         for forecasts, same in ((made, True), (written(tmp_path / "plain.nc"), False)):
             apart = forecasts[name].to_numpy() - truth(name, made.valid_time.to_numpy())[..., rows, columns]
             errors = np.sqrt((weights * apart.astype(np.float64) ** 2).mean(axis=(1, 2, 3)))
