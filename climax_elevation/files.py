@@ -162,17 +162,11 @@ def reading_table(path: Path) -> Iterator[None]:
 
 
 def _save(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    # Written beside its folder, not in it: ClimaX reads every file of train/, val/ and test/.
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent.parent / f".{path.parent.name}-{path.name}.partial"
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # Written beside its folder, not in it: ClimaX reads every file of train/, val/ and test/.
+    beside = path.parent.parent / f".{path.parent.name}-{path.name}.partial"
+    with whole(path, beside) as partial, open(partial, "wb") as file:
+        write(file)
 
 
 def check_folder(name: str, path: str | Path) -> None:
@@ -195,9 +189,14 @@ def check_own(folder: Path, marks: Iterable[str], what: str) -> None:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Where to write what becomes `path` at the end of the block: whole, or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def whole(path: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Where to write what becomes `path` at the end of the block: whole, or not at all.
+
+    Args:
+        path: Its place, in a folder that is there.
+        partial: Where it grows, on the same disk; None: beside it, under a name of this process's own.
+    """
+    partial = partial or path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         with open(partial, "rb") as file:

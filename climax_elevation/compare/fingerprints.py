@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
+from climax_elevation.files import whole
 
 BESIDE_SHARDS = ("normalize_mean.npz", "normalize_std.npz", "lat.npy", "lon.npy", "lat2d.npy", "lon2d.npy")
 CHUNK = 2**20
@@ -125,6 +126,5 @@ def read_records(path: Path) -> dict[str, Record]:
 
 def write_records(path: Path, records: Mapping[str, Record]) -> None:
     """Keep it, whole or not at all."""
-    written = path.with_name(f".{path.name}.partial")
-    written.write_text(json.dumps(records, indent=1))
-    os.replace(written, path)
+    with whole(path) as written:
+        written.write_text(json.dumps(records, indent=1))

@@ -8,7 +8,6 @@ goes on where it stopped, and changes nothing once it is done.
 import errno
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -31,7 +30,7 @@ from climax_elevation.data.names import OROGRAPHY
 from climax_elevation.data.source import fingerprint, open_source
 from climax_elevation.data.times import Shard, TimeAxis, plan_shards, read_times, split
 from climax_elevation.errors import InputError
-from climax_elevation.files import alone, load_npz, save_npy, save_npz
+from climax_elevation.files import alone, load_npz, save_npy, save_npz, whole
 
 logger = logging.getLogger(__name__)
 
@@ -493,9 +492,8 @@ def _record(plan: _Plan, state: str) -> None:
         "hours_per_step": plan.axis.hours_per_step,
         "shards": shards,
     }
-    partial = plan.out / f".{RECORD}.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, plan.out / RECORD)
+    with whole(plan.out / RECORD, plan.out / f".{RECORD}.partial") as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _partials(out: Path) -> list[Path]:
