@@ -440,13 +440,13 @@ def test_data_that_change_while_they_are_trained_on(root: Path, tmp_path: Path, 
     shutil.copytree(root, data)
     configuration = tiny(data) | {"variants": {"none": None}, "seeds": [3], "pairs": []}
     path = write(tmp_path / "c.yaml", configuration)
-    run_all = comparison.run_all
+    run_missing = comparison.run_missing
 
     def meanwhile(*arguments: Any) -> None:
-        run_all(*arguments)
+        run_missing(*arguments)
         rewrite_keeping_times(data / "train" / "0.npz")
 
-    monkeypatch.setattr(comparison, "run_all", meanwhile)
+    monkeypatch.setattr(comparison, "run_missing", meanwhile)
     with pytest.raises(
         InputError, match=r"train/0.npz has changed while runs were trained on it: remove them \(.*seed3\)"
     ):

@@ -32,28 +32,26 @@ from climax_elevation.compare.runs import (
     network,
     read_run,
     remove_partial,
-    run_all,
+    run_missing,
     try_out,
     variant_identity,
 )
 from climax_elevation.compare.scores import PARTS, Samples, Scorer, save_samples
 from climax_elevation.compare.significance import FEWEST_BLOCKS
 from climax_elevation.compare.stored import (
-    DIFFERENCES,
     FILES,
-    REPORT,
-    RESULTS,
     RUNS,
     Comparison,
     check_stored,
     check_unchanged,
+    concluded,
     first_difference,
     plain,
+    run_directory,
     unheard,
 )
 from climax_elevation.compare.tables import Results, differences_table, results_table
 from climax_elevation.errors import InputError
-from climax_elevation.files import alone, check_own
 from climax_elevation.testbed.altitude import region_elevation
 from climax_elevation.testbed.fit import DataSettings, one_thread
 from climax_elevation.testbed.tracer import floor, write_tracer_dataset
@@ -98,8 +96,7 @@ def compare(
     jobs = count("--jobs", jobs) if jobs is not None else max(1, len(devices))
     climax, host = _host(configuration.host)
     out = configuration.out
-    check_own(out, (FILES, DATA, RUNS), "a comparison")
-    with alone(out, f"another comparison is running in {out}: wait for it, or give another --out"):
+    with run_directory(out, (FILES, DATA, RUNS)):
         return _compare(configuration, climax, host, devices, jobs)
 
 
@@ -138,12 +135,7 @@ def _compare(
     )
     write_records(configuration.out / FILES, files)
     if to_do:
-        try:
-            run_all(to_do, jobs, devices)
-        except KeyboardInterrupt:
-            finished = sum(task.done for task in tasks)
-            logger.info("%d of %d runs are finished and kept; the same command goes on", finished, len(tasks))
-            raise
+        run_missing(to_do, tasks, jobs, devices)
         check_unchanged(files, _examine(configuration, data, files), to_do)
     return _conclude(configuration, tasks, scorer, host)
 
@@ -162,10 +154,7 @@ def _conclude(configuration: Configuration, tasks: list[Task], scorer: Scorer, h
     )
     table, differences = results_table(results), differences_table(results)
     text = report(results, table, differences)
-    table.to_csv(configuration.out / RESULTS, index=False)
-    differences.to_csv(configuration.out / DIFFERENCES, index=False)
-    (configuration.out / REPORT).write_text(text)
-    return Comparison(configuration.out, table, differences, text)
+    return concluded(configuration.out, table, differences, text)
 
 
 def _host(wanted: str) -> tuple[Source | None, str]:

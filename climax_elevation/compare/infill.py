@@ -31,27 +31,26 @@ from climax_elevation.compare.runs import (
     read_run,
     record_of,
     remove_partial,
-    run_all,
+    run_missing,
     variant_identity,
-    whole,
+    whole_run,
 )
 from climax_elevation.compare.scores import PARTS, Samples, load_samples, save_samples
 from climax_elevation.compare.stored import (
-    DIFFERENCES,
     FILES,
-    REPORT,
-    RESULTS,
     RUNS,
     Comparison,
     check_stored,
     check_unchanged,
+    concluded,
     plain,
+    run_directory,
+    save_tables,
     unheard,
 )
 from climax_elevation.compare.strata import ALL
 from climax_elevation.compare.tables import Results, differences_table, results_table
 from climax_elevation.errors import InputError
-from climax_elevation.files import alone, check_own
 from climax_elevation.testbed.fit import TrainingSettings, denormals_as_zero, one_thread
 from climax_elevation.testbed.infill import (
     MOST_TIMES_FITTED,
@@ -194,7 +193,7 @@ class InfillTask:
 
     def work(self, device: int | None, on_step: Callable[[float | None], None]) -> None:
         """Train and score; the run's folder appears whole or not at all. Networks this small gain nothing on GPUs."""
-        with whole(self.folder) as partial, one_thread(), denormals_as_zero():
+        with whole_run(self.folder) as partial, one_thread(), denormals_as_zero():
             started = time.perf_counter()
             series = read_series(self.data)
             net, infill = self.network(), self.on(series)
@@ -236,8 +235,7 @@ def compare_infill(
     configuration = read_infill(config, out=out, seeds=seeds, variants=variants)
     jobs = 1 if jobs is None else count("--jobs", jobs)
     out = configuration.out
-    check_own(out, (FILES,), "a comparison")
-    with alone(out, f"another comparison is running in {out}: wait for it, or give another --out"):
+    with run_directory(out, (FILES,)):
         return _compare(configuration, jobs)
 
 
@@ -274,12 +272,7 @@ def _compare(configuration: InfillConfiguration, jobs: int) -> Comparison:
     )
     write_records(out / FILES, files)
     if to_do:
-        try:
-            run_all(to_do, jobs, [])
-        except KeyboardInterrupt:
-            finished = sum(task.done for task in tasks)
-            logger.info("%d of %d runs are finished and kept; the same command goes on", finished, len(tasks))
-            raise
+        run_missing(to_do, tasks, jobs, [])
         check_unchanged(files, _examine(configuration, files), to_do)
     return _conclude(configuration, series, tasks, fingerprint(files["data"]))
 
@@ -377,16 +370,11 @@ def _conclude(configuration: InfillConfiguration, series: Series, tasks: list[In
         for kind, rows in ((tables, table), (differences, differing)):
             rows.insert(0, "arm", arm.name)
             kind.append(rows)
-        folder = configuration.out / arm.name
-        table.to_csv(folder / RESULTS, index=False)
-        differing.to_csv(folder / DIFFERENCES, index=False)
+        save_tables(configuration.out / arm.name, table, differing)
     table, differing = (pd.concat(kind, ignore_index=True) for kind in (tables, differences))
     fitted = {key: record["parameters"] for key, (record, _) in methods.items()}
     text = report(configuration, series, runs_of(tasks), table, differing, fitted)
-    table.to_csv(configuration.out / RESULTS, index=False)
-    differing.to_csv(configuration.out / DIFFERENCES, index=False)
-    (configuration.out / REPORT).write_text(text)
-    return Comparison(configuration.out, table, differing, text)
+    return concluded(configuration.out, table, differing, text)
 
 
 def runs_of(tasks: Iterable[InfillTask]) -> list[dict[str, Any]]:
@@ -428,7 +416,7 @@ def _methods(
         for method in fitted:
             samples[f"{method.name}/{part}"] = sums(infill, method.infer(x, visible, places), part)
     record = {"configuration": wanted, "parameters": {method.name: method.parameters for method in fitted}}
-    with whole(folder) as partial:
+    with whole_run(folder) as partial:
         save_samples(partial / SAMPLES, samples, [at.variable], STRATA)
         (partial / RECORD).write_text(json.dumps(record, indent=2))
     return record, samples

@@ -107,13 +107,16 @@ class Task:
 
 
 class Work(Protocol):
-    """What `run_all` asks of a task."""
+    """What `run_missing` asks of a task."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def training(self) -> TrainingSettings: ...
+
+    @property
+    def done(self) -> bool: ...
 
     def work(self, device: int | None, on_step: Callable[[float | None], None]) -> None: ...
 
@@ -194,7 +197,7 @@ def run(task: Task, device: int | None, on_step: Callable[[float | None], None])
         device: Index of a GPU; None: the CPU.
         on_step: Called after every training step.
     """
-    with whole(task.folder) as partial:
+    with whole_run(task.folder) as partial:
         with one_thread():
             started = time.perf_counter()
             scorer = Scorer.of(task.data, task.strata, task.model.patch_size, task.training.batch_size)
@@ -219,7 +222,7 @@ def run(task: Task, device: int | None, on_step: Callable[[float | None], None])
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
+def whole_run(folder: Path) -> Iterator[Path]:
     """A folder to write to, with what the library logs, that becomes `folder` at the end, or nothing."""
     partial = folder.parent / f".{folder.name}.{os.getpid()}{PARTIAL}"
     partial.mkdir(parents=True)
@@ -285,6 +288,16 @@ def _log_to(path: Path) -> Iterator[None]:
         handler.close()
         library.setLevel(level)
         library.propagate = propagate
+
+
+def run_missing(to_do: Sequence[Work], tasks: Sequence[Work], jobs: int, devices: Sequence[int]) -> None:
+    """`run_all` of those of `tasks` that are to do; where it is interrupted, how many of all are kept is said."""
+    try:
+        run_all(to_do, jobs, devices)
+    except KeyboardInterrupt:
+        finished = sum(task.done for task in tasks)
+        logger.info("%d of %d runs are finished and kept; the same command goes on", finished, len(tasks))
+        raise
 
 
 def run_all(tasks: Sequence[Work], jobs: int, devices: Sequence[int]) -> None:

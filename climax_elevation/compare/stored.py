@@ -16,6 +16,7 @@ from climax_elevation.compare.config import Variant
 from climax_elevation.compare.fingerprints import Record, difference, digests, fingerprint
 from climax_elevation.compare.runs import RECORD
 from climax_elevation.errors import InputError
+from climax_elevation.files import alone, check_own
 
 RUNS, RESULTS, DIFFERENCES, REPORT, FILES = "runs", "results.csv", "differences.csv", "report.md", "files.json"
 
@@ -51,6 +52,35 @@ class Comparison:
     results: pd.DataFrame
     differences: pd.DataFrame
     report: str
+
+
+@contextmanager
+def run_directory(out: Path, marks: Sequence[str]) -> Iterator[None]:
+    """`out`, for one comparison alone.
+
+    Args:
+        out: Made if it is not there.
+        marks: Files and folders of which a comparison has one.
+
+    Raises:
+        InputError: If it holds other data, or another comparison is running there.
+    """
+    check_own(out, marks, "a comparison")
+    with alone(out, f"another comparison is running in {out}: wait for it, or give another --out"):
+        yield
+
+
+def save_tables(folder: Path, results: pd.DataFrame, differences: pd.DataFrame) -> None:
+    """Write both as CSV."""
+    results.to_csv(folder / RESULTS, index=False)
+    differences.to_csv(folder / DIFFERENCES, index=False)
+
+
+def concluded(out: Path, results: pd.DataFrame, differences: pd.DataFrame, report: str) -> Comparison:
+    """A comparison whose tables and report are written."""
+    save_tables(out, results, differences)
+    (out / REPORT).write_text(report)
+    return Comparison(out, results, differences, report)
 
 
 def check_unchanged(before: Mapping[str, Record], now: Mapping[str, Record], tasks: Sequence[Planned]) -> None:
