@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -76,6 +77,7 @@ def save_whole(path: Path, write: Callable[[Any], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as partial, open(partial, "wb") as file:
             write(file)
+        _to_disk(path.parent)
     except (OSError, RuntimeError) as error:
         reason = _reason(error)
         kept = "; the one that was there before is kept" if path.exists() else ""
@@ -88,6 +90,20 @@ def _reason(error: BaseException) -> str:
     while of_system is not None and not isinstance(of_system, OSError):
         of_system = of_system.__context__
     return (of_system.strerror if of_system is not None else None) or _first_line(error)
+
+
+def _to_disk(folder: Path) -> None:
+    """What a folder holds is kept through a power failure, where the system can."""
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(held)
+    except OSError:  # some network file systems cannot
+        pass
+    finally:
+        os.close(held)
 
 
 def read_checkpoint(

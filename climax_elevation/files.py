@@ -202,24 +202,9 @@ def whole(path: Path, partial: Path | None = None) -> Iterator[Path]:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-        _to_disk(path.parent)
     finally:
         if partial.parent.is_dir():
             partial.unlink(missing_ok=True)
-
-
-def _to_disk(folder: Path) -> None:
-    """What a folder holds is kept through a power failure, where the system can."""
-    try:
-        held = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        return
-    try:
-        os.fsync(held)
-    except OSError:  # some network file systems cannot
-        pass
-    finally:
-        os.close(held)
 
 
 @contextmanager
