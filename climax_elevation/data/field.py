@@ -78,20 +78,24 @@ class Field:
         factor, offset = self.linear
         return values if self.linear == (1.0, 0.0) else values.astype(np.float64) * factor + offset
 
+    def first_bad(self, values: NDArray[np.floating]) -> tuple[int, ...] | None:
+        """Where the first gap, or value that cannot be true, is; None: there is none."""
+        low, high = self.valid
+        # Written so that NaN fails too.
+        good = (values >= low) & (values <= high) & np.isfinite(values)
+        return None if good.all() else tuple(int(index[0]) for index in np.nonzero(~good))
+
     def check(self, values: NDArray[np.float32], stamps: Sequence[str]) -> None:
         """Refuse gaps and values that cannot be true, `[N, H, W]`.
 
         Raises:
             BadDataError: Naming the first time at which it happens.
         """
-        low, high = self.valid
-        # Written so that NaN fails too.
-        good = (values >= low) & (values <= high) & np.isfinite(values)
-        if good.all():
+        bad = self.first_bad(values)
+        if bad is None:
             return
-        step, row, column = (int(index[0]) for index in np.nonzero(~good))
-        when = f" at {stamps[step]}" if stamps else ""
-        value = float(values[step, row, column])
+        when = f" at {stamps[bad[0]]}" if stamps else ""
+        value, (low, high) = float(values[bad]), self.valid
         if not np.isfinite(value):
             count = int((~np.isfinite(values)).sum())
             first = when and f", the first{when}"

@@ -17,6 +17,7 @@ from climax_elevation.errors import InputError
 logger = logging.getLogger(__name__)
 Array = NDArray[np.floating]
 
+SAME_PLACE_DEG = 1e-3
 _AT_THE_POLE = 1e-3  # degrees that float32 may put a pole beyond 90
 _LIKE_A_STEP = 0.1  # of a step, that a grid which goes round may miss
 _ROUNDED = 1e-2  # of a step, to which longitudes at 0 degrees east are put there
@@ -123,6 +124,17 @@ def read_grid(dataset: xr.Dataset, *, patch_size: int, regrid: str | None) -> Gr
     if regrid is not None:
         grid = _target(grid, regrid)
     return _crop(grid, patch_size)
+
+
+def degrees_apart(here: Array, there: Array) -> Array:
+    """How far latitudes or longitudes are from others, degrees, the shorter way round; shapes broadcast."""
+    apart = np.abs(np.asarray(here, dtype=np.float64) - np.asarray(there, dtype=np.float64))
+    return np.minimum(apart % 360, -apart % 360)
+
+
+def same_places(here: Array, there: Array) -> NDArray[np.bool_]:
+    """Where latitudes or longitudes are the same but for rounding; shapes broadcast."""
+    return degrees_apart(here, there) < SAME_PLACE_DEG
 
 
 def is_global(grid: Grid) -> bool:

@@ -47,6 +47,8 @@ OROGRAPHY = Variable(
 LAND_SEA_MASK = Variable(
     "land_sea_mask", ("lsm", "sftlf", "fr_land", "landmask", "landfrac"), units.FRACTION, (-0.01, 1.01)
 )
+GROUND = (OROGRAPHY.name, LAND_SEA_MASK.name)
+"""What a source tells of the ground, the same at all times."""
 LATITUDE_NAMES = ("lattitude", "lat2d")
 """Written from the coordinates, never read. ClimaX's key is really spelled so."""
 

@@ -8,6 +8,7 @@ goes on where it stopped, and changes nothing once it is done.
 import errno
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,12 +26,12 @@ from climax_elevation.data.field import BadDataError, Field
 from climax_elevation.data.fields import Fields, find_fields
 from climax_elevation.data.format import PARTITIONS, RunningStatistics
 from climax_elevation.data.grib import is_grib_error
-from climax_elevation.data.grid import Grid, is_global, read_grid
+from climax_elevation.data.grid import Grid, is_global, read_grid, same_places
 from climax_elevation.data.names import OROGRAPHY
 from climax_elevation.data.source import fingerprint, open_source
 from climax_elevation.data.times import Shard, TimeAxis, plan_shards, read_times, split
 from climax_elevation.errors import InputError
-from climax_elevation.files import alone, load_npz, save_npy, save_npz, whole
+from climax_elevation.files import alone, load_npz, save_npy, save_npz
 
 logger = logging.getLogger(__name__)
 
@@ -242,18 +243,11 @@ def _same_grid(constants: xr.Dataset, dataset: xr.Dataset) -> xr.Dataset:
         if name not in constants.coords or constants[name].shape != dataset[name].shape:
             raise InputError(f"the file of constants is on another grid than the source: compare their {name}")
         here, there = constants[name], dataset[name].to_numpy()
-        if here.ndim == 1 and not _alike(name, here.to_numpy(), there):
+        if here.ndim == 1 and not same_places(here.to_numpy(), there).all():
             constants = constants.isel({here.dims[0]: slice(None, None, -1)})
-        if not _alike(name, constants[name].to_numpy(), there):
+        if not same_places(constants[name].to_numpy(), there).all():
             raise InputError(f"the file of constants is on another grid than the source: their {name} differ")
     return constants
-
-
-def _alike(name: str, here: NDArray[Any], there: NDArray[Any]) -> bool:
-    apart = np.abs(here.astype(np.float64) - there.astype(np.float64))
-    if name == "lon":
-        apart = np.minimum(apart % 360, -apart % 360)
-    return bool((apart < 1e-3).all())
 
 
 def _check_folder(out: Path, identity: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -492,8 +486,9 @@ def _record(plan: _Plan, state: str) -> None:
         "hours_per_step": plan.axis.hours_per_step,
         "shards": shards,
     }
-    with whole(plan.out / RECORD, plan.out / f".{RECORD}.partial") as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial = plan.out / f".{RECORD}.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, plan.out / RECORD)
 
 
 def _partials(out: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from climax_elevation.data.grib import SUFFIXES as GRIB_SUFFIXES
 from climax_elevation.data.grib import open_grib
 from climax_elevation.data.levels import NOT_PRESSURE, judged
 from climax_elevation.data.members import one_member
-from climax_elevation.data.names import find_variable, is_wanted
+from climax_elevation.data.names import GROUND, LATITUDE_NAMES, find_variable, is_wanted
 from climax_elevation.data.optional import require
 from climax_elevation.data.rotated import with_places
 from climax_elevation.data.runs import valid_times, with_durations
@@ -275,7 +275,7 @@ def _keeps(wanted: Sequence[str] | None) -> Callable[[str], bool]:
         return (
             is_wanted(name, wanted)
             or name.lower() in _ALWAYS
-            or (static is not None and static.name in ("orography", "land_sea_mask"))
+            or (static is not None and static.name in GROUND)
             or (other is not None and wanted is not None and is_wanted(other, wanted))
         )
 
@@ -284,7 +284,7 @@ def _keeps(wanted: Sequence[str] | None) -> Callable[[str], bool]:
 
 def _check_wanted(variables: Sequence[str] | None, names: Iterable[str]) -> None:
     """Refuse a name that no file has, although what was not wanted was left out."""
-    static = ("orography", "land_sea_mask", "lattitude", "lat2d", "geopotential_at_surface")
+    static = (*GROUND, *LATITUDE_NAMES, _SURFACE)
     unmet = [
         name
         for name in variables or ()
@@ -306,7 +306,7 @@ def _static(dataset: xr.Dataset) -> xr.Dataset:
         return dataset
     for name, values in dataset.data_vars.items():
         variable = find_variable(str(name), has_levels=False)
-        if variable is not None and variable.name in ("orography", "land_sea_mask") and "time" in values.dims:
+        if variable is not None and variable.name in GROUND and "time" in values.dims:
             dataset[name] = values.isel(time=0, drop=True)
     return dataset if any("time" in values.dims for values in dataset.data_vars.values()) else dataset.drop_dims("time")
 

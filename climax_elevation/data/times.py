@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from math import ceil, gcd
+from typing import Any
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
@@ -44,15 +46,8 @@ class Shard:
     stop: int
 
 
-def read_times(time: xr.DataArray) -> TimeAxis:
-    """Check the source's times, of any calendar, and find the gaps in them.
-
-    A step is the commonest distance of two times, of equally common ones the shortest; any other is a gap.
-
-    Raises:
-        InputError: If they are not dates, not sorted, not unique, or a step is not a whole number of hours. Calendar
-            months (also quarters and years) count as evenly spaced.
-    """
+def dates(time: xr.DataArray) -> tuple[NDArray[Any], tuple[str, ...]]:
+    """Times of any calendar, to the second, `[N]`, and the same as ISO 8601; InputError if they are no dates."""
     values = time.to_numpy()
     if np.issubdtype(values.dtype, np.datetime64):
         if np.isnat(values).any():
@@ -66,6 +61,19 @@ def read_times(time: xr.DataArray) -> TimeAxis:
         stamps = tuple(value.isoformat() for value in values)
     else:
         raise InputError(f"the time coordinate holds {values.dtype} and not dates: give it CF units and a calendar")
+    return values, stamps
+
+
+def read_times(time: xr.DataArray) -> TimeAxis:
+    """Check the source's times, of any calendar, and find the gaps in them.
+
+    A step is the commonest distance of two times, of equally common ones the shortest; any other is a gap.
+
+    Raises:
+        InputError: If they are not dates, not sorted, not unique, or a step is not a whole number of hours. Calendar
+            months (also quarters and years) count as evenly spaced.
+    """
+    values, stamps = dates(time)
     if len(stamps) < 2:
         raise InputError(f"a forecast needs at least two time steps, the source has {len(stamps)}")
     for before, after in pairwise(stamps):

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from climax_elevation.data.levels import levels_hpa
-from climax_elevation.data.names import find_variable
+from climax_elevation.data.names import GROUND, find_variable
 from climax_elevation.data.select import listed
 from climax_elevation.errors import InputError
 
@@ -135,7 +135,7 @@ def _check_static(files: Sequence[tuple[str, xr.Dataset]]) -> None:
     for file, part in files:
         for name, values in part.data_vars.items():
             variable = find_variable(str(name), has_levels=False)
-            static = variable is not None and variable.name in ("orography", "land_sea_mask")
+            static = variable is not None and variable.name in GROUND
             if not static or "time" in values.dims or "level" in values.dims or values.ndim != 2:
                 continue
             values = values.load()

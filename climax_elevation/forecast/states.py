@@ -18,19 +18,27 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from climax_elevation.data.fields import Field, find_fields
-from climax_elevation.data.grid import Grid, read_grid
-from climax_elevation.data.names import CLIMAX_LEVELS_HPA, LAND_SEA_MASK, LATITUDE_NAMES, OROGRAPHY, find_variable
+from climax_elevation.data.grid import SAME_PLACE_DEG, Grid, degrees_apart, read_grid, same_places
+from climax_elevation.data.names import (
+    CLIMAX_LEVELS_HPA,
+    GROUND,
+    LAND_SEA_MASK,
+    LATITUDE_NAMES,
+    OROGRAPHY,
+    find_variable,
+)
 from climax_elevation.data.optional import require
+from climax_elevation.data.prepare import RECORD
 from climax_elevation.data.source import open_source
+from climax_elevation.data.times import dates
 from climax_elevation.errors import InputError
 from climax_elevation.files import load_npz
 from climax_elevation.forecast.loaded import Array, LoadedRun
 
 logger = logging.getLogger(__name__)
 
-STATIC = (OROGRAPHY.name, LAND_SEA_MASK.name, *LATITUDE_NAMES)
+STATIC = (*GROUND, *LATITUDE_NAMES)
 """Variables that are the same at all times."""
-SAME_PLACE_DEG = 1e-3
 GROUND_MAY_DIFFER_M = 1.0
 HOURS_PER_MONTH = 730.5
 MONTHS_MAY_DIFFER = 0.02  # months have no fixed length: of a lead time in hours, its distance from whole ones
@@ -77,16 +85,15 @@ class States:
         return values
 
     def _check(self, field: Field, values: Array, indices: Sequence[int]) -> None:
-        low, high = field.valid
-        good = np.isfinite(values) & (values >= low) & (values <= high)
-        if good.all():
+        bad = field.first_bad(values)
+        if bad is None:
             return
-        step, row, column = (int(index[0]) for index in np.nonzero(~good))
-        what = f"{field.name} ({field.called!r} in the source) at {self.stamps[indices[step]]}"
-        if not np.isfinite(values[step, row, column]):
-            raise InputError(f"{what} has {int((~np.isfinite(values[step])).sum())} missing values: fill them")
+        what = f"{field.name} ({field.called!r} in the source) at {self.stamps[indices[bad[0]]]}"
+        if not np.isfinite(values[bad]):
+            raise InputError(f"{what} has {int((~np.isfinite(values[bad[0]])).sum())} missing values: fill them")
+        low, high = field.valid
         raise InputError(
-            f"{what} is {values[step, row, column]:g}, outside {low:g} to {high:g} in ClimaX's unit: mend the source, "
+            f"{what} is {values[bad]:g}, outside {low:g} to {high:g} in ClimaX's unit: mend the source, "
             "or state its unit with --units"
         )
 
@@ -294,12 +301,7 @@ def _is_static(name: str, array: xr.DataArray) -> bool:
 
 
 def _read_times(time: xr.DataArray) -> tuple[NDArray[Any], tuple[str, ...]]:
-    values = time.to_numpy()
-    if np.issubdtype(values.dtype, np.datetime64):
-        values = values.astype("datetime64[s]")
-    elif not (len(values) and hasattr(values[0], "isoformat")):
-        raise InputError(f"the time coordinate holds {values.dtype} and not dates: give it CF units and a calendar")
-    stamps = tuple(stamp(value) for value in values)
+    values, stamps = dates(time)
     twice = next((one for one, other in pairwise(sorted(stamps)) if one == other), None)
     if twice is not None:
         raise InputError(f"the time {twice} comes twice: remove the duplicate from the source")
@@ -326,7 +328,7 @@ def _levels(variables: Sequence[str], dataset: xr.Dataset) -> list[int] | None:
 def _record(data: Path) -> Mapping[str, Any]:
     """How the run's data were prepared; nothing, where something else prepared them."""
     try:
-        record = json.loads((data / "prepare.json").read_text())
+        record = json.loads((data / RECORD).read_text())
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and isinstance(record.get("options"), dict) else {}
@@ -347,8 +349,8 @@ def _on_grid(dataset: xr.Dataset, run: LoadedRun, what: str, regrid: str | None)
             raise InputError(f"{what} has no {'latitude' if name == 'lat' else 'longitude'}, and the run has")
     lat, lon = dataset["lat"], dataset["lon"]
     if run.places is None and lat.ndim == lon.ndim == 1:
-        rows = _found(lat.to_numpy(), run.lat, None)
-        columns = _found(lon.to_numpy(), run.lon, 360.0)
+        rows = _found(lat.to_numpy(), run.lat, goes_round=False)
+        columns = _found(lon.to_numpy(), run.lon, goes_round=True)
         if rows is not None and columns is not None:
             if (len(rows), len(columns)) != (lat.size, lon.size):
                 logger.info("%s: cut from %d x %d to the run's %d x %d pixels", what, lat.size, lon.size, *run.shape)
@@ -379,26 +381,19 @@ def _on_grid(dataset: xr.Dataset, run: LoadedRun, what: str, regrid: str | None)
     pairs = [(grid.lat, run.lat), (grid.lon, run.lon)]
     if run.places is not None and grid.lon2d is not None:
         pairs = [(grid.lat2d, run.places[0]), (grid.lon2d, run.places[1])]
-    if any(here.shape != there.shape or not _alike(here, there).all() for here, there in pairs):
+    if any(here.shape != there.shape or not same_places(here, there).all() for here, there in pairs):
         raise _other_grid(what, run, lat.to_numpy(), lon.to_numpy())
     return dataset, grid
 
 
-def _alike(here: Array, there: Array) -> NDArray[np.bool_]:
-    apart = np.abs(np.asarray(here, dtype=np.float64) - np.asarray(there, dtype=np.float64))
-    return np.minimum(apart % 360, -apart % 360) < SAME_PLACE_DEG
-
-
-def _found(here: Array, wanted: Array, period: float | None) -> NDArray[np.integer] | None:
+def _found(here: Array, wanted: Array, *, goes_round: bool) -> NDArray[np.integer] | None:
     """Indices in `here` of what is wanted, side by side there too; None: it is not all there."""
-    apart = np.abs(np.asarray(here, dtype=np.float64)[None] - np.asarray(wanted, dtype=np.float64)[:, None])
-    if period is not None:
-        apart = np.minimum(apart % period, -apart % period)
+    apart = degrees_apart(np.asarray(here)[None], np.asarray(wanted)[:, None])
     indices = apart.argmin(axis=1)
     if (apart.min(axis=1) >= SAME_PLACE_DEG).any():
         return None
     steps = np.diff(indices)
-    if period is not None:  # over the seam of a grid that goes all the way round
+    if goes_round:  # over the seam of a grid that goes all the way round
         steps = np.where(np.abs(steps) == len(here) - 1, -np.sign(steps), steps)
     # every second row of a finer grid is not the grid of which the run knows the means
     return indices if (steps == 1).all() or (steps == -1).all() else None
