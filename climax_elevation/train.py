@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,6 @@ from climax_elevation.errors import InputError
 
 if TYPE_CHECKING:
     from climax_elevation.upstream.config import Modernized
-
-logger = logging.getLogger(__name__)
 
 MODULES = ("global_forecast", "regional_forecast", "climate_projection", "pretrain")
 
@@ -46,7 +43,7 @@ def train(
     from climax_elevation.pretrained import stating
     from climax_elevation.upstream.config import modernize
     from climax_elevation.upstream.launch import train_upstream
-    from climax_elevation.upstream.lightning import training_errors
+    from climax_elevation.upstream.lightning import say, training_errors
     from climax_elevation.upstream.locate import ClimaXNotFound, find_climax
     from climax_elevation.upstream.plan import planning
 
@@ -59,10 +56,10 @@ def train(
     scratch = tempfile.TemporaryDirectory(prefix="climax-elevation-")
     with scratch as folder, training_errors(), stating(pretrained_variables), planning(plan):
         if source is None:
-            _say("host: stand-in, which is not ClimaX (%s)", why)
+            say("host: stand-in, which is not ClimaX (%s)", why)
             _train_stand_in(modernize(arguments, Path(folder), stand_in=True))
         else:
-            _say("host: ClimaX, %s (%s)", source.examination.sentence, source.origin)
+            say("host: ClimaX, %s (%s)", source.examination.sentence, source.origin)
             train_upstream(module, source, modernize(arguments, Path(folder)))
 
 
@@ -83,11 +80,3 @@ def _train_stand_in(given: Modernized) -> None:
     )
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     cli.trainer.test(cli.model, datamodule=cli.datamodule, ckpt_path="best")
-
-
-def _say(message: str, *values: object) -> None:
-    """Log once, not once a process."""
-    from pytorch_lightning.utilities import rank_zero_only
-
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        logger.info(message, *values)

@@ -60,6 +60,12 @@ PHRASES: dict[str, Any] = {
 KEYWORDS = ("best", "last", "hpc")  # that Lightning takes for a checkpoint's path
 
 
+def say(message: str, *values: object) -> None:
+    """Log once, not once a process."""
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        logger.info(message, *values)
+
+
 class TrainingCLI(LightningCLI):
     """LightningCLI with given arguments, and with a checkpoint to go on from.
 
@@ -150,9 +156,8 @@ class TrainingCLI(LightningCLI):
             check_shares(shares, processes, getattr(self.datamodule.hparams, "num_workers", 0))
             check_validation(trainer, shares[0].batches)
         stop_at_plan(trainer, self.model, self.datamodule, shares, processes)
-        if getattr(rank_zero_only, "rank", 0) == 0:
-            for line in announced(trainer, shares, processes, batch_size):
-                logger.info("%s", line)
+        for line in announced(trainer, shares, processes, batch_size):
+            say("%s", line)
 
     def _check_folders(self) -> None:
         """Before anything is written, that all can be."""
