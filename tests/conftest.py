@@ -81,6 +81,16 @@ def no_climax(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.delenv("CLIMAX_SRC", raising=False)
 
 
+@pytest.fixture(params=["stand-in", "ClimaX"])
+def host(request: pytest.FixtureRequest) -> Path | None:
+    """What `train` takes for a copy of ClimaX: none, and the real one."""
+    if request.param == "ClimaX":
+        pytest.importorskip("torchvision")
+        return request.getfixturevalue("climax")
+    request.getfixturevalue("no_climax")
+    return None
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder of real reanalysis, or a skip."""

@@ -18,7 +18,7 @@ from climax_elevation.diagnostics import open_run
 from climax_elevation.forecast import forecast
 from climax_elevation.forecast.loaded import LoadedRun
 from climax_elevation.forecast.output import described
-from climax_elevation.forecast.states import open_states
+from climax_elevation.forecast.states import _read_times, open_states
 from climax_elevation.host import StandInClimaX
 from climax_elevation.host.metrics import latitude_weights
 from climax_elevation.host.module import GlobalForecastModule
@@ -160,6 +160,14 @@ def test_the_errors_are_those_of_the_runs_own_test(folder, runs, request, tmp_pa
             apart = forecasts[name].to_numpy() - truth(name, made.valid_time.to_numpy())[..., rows, columns]
             errors = np.sqrt((weights * apart.astype(np.float64) ** 2).mean(axis=(1, 2, 3)))
             assert (errors.mean() == lightning) == same
+
+
+def test_times_are_read_as_prepare_reads_them():
+    """Hours that a float has rounded are whole, and a gap is none."""
+    times = xr.DataArray(np.array(["2020-01-01T05:59:59.9999", "NaT"], "datetime64[ns]"), dims="time")
+    assert _read_times(times[:1])[1] == ("2020-01-01T06:00:00",)
+    with pytest.raises(InputError, match="the time coordinate has 1 missing values"):
+        _read_times(times)
 
 
 def test_every_pixel_is_that_of_lightnings_test_loop(folder, run, tmp_path):

@@ -123,16 +123,6 @@ def test_a_validation_that_comes_is_not(options):
     check_validation(trainer(**options), 10)
 
 
-@pytest.fixture(params=["stand-in", "ClimaX"])
-def host(request):
-    """What `train` takes for a copy of ClimaX."""
-    if request.param == "ClimaX":
-        pytest.importorskip("torchvision")
-        return request.getfixturevalue("climax")
-    request.getfixturevalue("no_climax")
-    return None
-
-
 def test_the_plan_is_printed_and_nothing_is_started(host, root, tmp_path, capsys):
     out = tmp_path / "out"
     train(

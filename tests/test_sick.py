@@ -17,18 +17,6 @@ from climax_elevation.host.module import GlobalForecastModule
 from climax_elevation.train import train
 from climax_elevation.upstream.settings import check_settings
 
-HOSTS = ["stand-in", "ClimaX"]
-
-
-@pytest.fixture(params=HOSTS)
-def host(request):
-    """What `train` takes for a copy of ClimaX."""
-    if request.param == "ClimaX":
-        pytest.importorskip("torchvision")
-        return request.getfixturevalue("climax")
-    request.getfixturevalue("no_climax")
-    return None
-
 
 def spoil(path, variable, value, step=2):
     """One pixel of a shard."""
