@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from climax_elevation.diagnostics import Run
 
 RUN_OPTIONS = ("part", "checkpoint", "data", "climax")
-DEMO_TASKS = ("gaps", "transport")
+DEMO_TASKS = {"gaps": "demo", "transport": "transport"}  # and the modules of testbed that show them
 INTERRUPTED = 130  # what a shell returns for a program that was stopped by Ctrl-C
 
 
@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="run ClimaX's own training script with terrain-aware attention",
-        usage="climax-elevation train MODULE [--climax PATH] [--pretrained-variables NAME ...] -- UPSTREAM ARGUMENTS",
+        usage="climax-elevation train MODULE [--climax PATH] [--plan] [--pretrained-variables NAME ...] -- "
+        "UPSTREAM ARGUMENTS",
         description="Runs ClimaX's training script in a patched temporary copy; where there is no ClimaX, "
         "global_forecast runs on the stand-in host. What follows '--' goes to the script: --config FILE, and "
         "overrides such as --model.net.init_args.use_physics_mask=true.",
@@ -140,10 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("--variables", nargs="+", metavar="NAME", help="what to take (default: all ClimaX knows)")
     prepare.add_argument("--levels", nargs="+", type=int, metavar="HPA", help="pressure levels (default: ClimaX's)")
-    prepare.add_argument("--units", nargs="+", metavar="NAME=UNIT", help="units that the source lacks or has wrong")
-    prepare.add_argument("--constants", metavar="FILE", help="a further file with orography and land-sea mask")
+    _add_source_options(prepare)
     prepare.add_argument("--regrid", metavar="DEGREES", help="to ClimaX's grid of 5.625, 2.8125 or 1.40625 degrees")
-    prepare.add_argument("--select", nargs="+", metavar="NAME=VALUE", help="of runs or members: step=6 number=0")
     prepare.add_argument("--every", type=int, default=1, metavar="N", help="take every Nth time step (default: 1)")
     prepare.add_argument("--winds", choices=["grid", "earth"], help="along what winds go, where the source is silent")
     prepare.add_argument("--orography", metavar="NAME", help="the source's name of the orography")
@@ -182,9 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         "--picture", type=_path, metavar="PATH", help="draw the last forecast and what the bias changed, as PNG and PDF"
     )
     forecast.add_argument("--variable", metavar="NAME", help="of the picture (default: the first that is forecast)")
-    forecast.add_argument("--constants", metavar="FILE", help="a further file with orography and land-sea mask")
-    forecast.add_argument("--select", nargs="+", metavar="NAME=VALUE", help="of runs or members: step=6 number=0")
-    forecast.add_argument("--units", nargs="+", metavar="NAME=UNIT", help="units that the source lacks or has wrong")
+    _add_source_options(forecast)
     _add_opening_options(forecast, "folder of statistics and coordinates")
     forecast.set_defaults(run=_forecast)
 
@@ -262,6 +259,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     _add_opening_options(parser, "folder of shards")
 
 
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--units", nargs="+", metavar="NAME=UNIT", help="units that the source lacks or has wrong")
+    parser.add_argument("--constants", metavar="FILE", help="a further file with orography and land-sea mask")
+    parser.add_argument("--select", nargs="+", metavar="NAME=VALUE", help="of runs or members: step=6 number=0")
+
+
 def _add_opening_options(parser: argparse.ArgumentParser, data: str) -> None:
     parser.add_argument("--checkpoint", type=_path, metavar="FILE", help="which (default: the only one, or last.ckpt)")
     parser.add_argument("--data", type=_path, metavar="ROOT", help=f"{data} (default: the run's)")
@@ -269,7 +272,7 @@ def _add_opening_options(parser: argparse.ArgumentParser, data: str) -> None:
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> None:
-    name = "transport" if options.task == "transport" else "demo"
+    name = DEMO_TASKS[options.task]
     show = getattr(importlib.import_module(f"climax_elevation.testbed.{name}"), name)
     bias = {} if options.bias is None else {"bias": options.bias}
     print(show(options.out, region=options.region, seed=options.seed, **bias))
@@ -300,7 +303,7 @@ def _prepare(options: argparse.Namespace, _: list[str]) -> None:
     from climax_elevation.data.prepare import prepare
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run", "units", "select")}
-    units, select = _pairs("units", "orography=m", options.units), _pairs("select", "step=6", options.select)
+    units, select = _units_and_select(options)
     prepared = prepare(**given, units=units, select=select)
     height, width = prepared.shape
     print(
@@ -324,6 +327,7 @@ def _forecast(options: argparse.Namespace, _: list[str]) -> None:
     plots = _plots() if options.picture is not None else None
     from climax_elevation.forecast import forecast
 
+    units, select = _units_and_select(options)
     done = forecast(
         options.folder,
         options.source,
@@ -336,8 +340,8 @@ def _forecast(options: argparse.Namespace, _: list[str]) -> None:
         others=options.others,
         bias_scale=options.bias_scale,
         constants=options.constants,
-        units=_pairs("units", "orography=m", options.units),
-        select=_pairs("select", "step=6", options.select),
+        units=units,
+        select=select,
         show=None if plots is None else options.variable or "",
     )
     print(done.path)
@@ -348,13 +352,19 @@ def _forecast(options: argparse.Namespace, _: list[str]) -> None:
             print(file)
 
 
-def _pairs(option: str, example: str, given: list[str] | None) -> dict[str, str]:
+def _pairs(option: str, form: str, example: str, given: list[str] | None) -> dict[str, str]:
     pairs = dict(pair.partition("=")[::2] for pair in given or [])
     for name, value in pairs.items():
         if not value:
-            kind = "UNIT" if option == "units" else "VALUE"
-            raise InputError(f"--{option} takes NAME={kind}, such as {example}, not {name!r}")
+            raise InputError(f"--{option} takes {form}, such as {example}, not {name!r}")
     return pairs
+
+
+def _units_and_select(options: argparse.Namespace) -> tuple[dict[str, str], dict[str, str]]:
+    return (
+        _pairs("units", "NAME=UNIT", "orography=m", options.units),
+        _pairs("select", "NAME=VALUE", "step=6", options.select),
+    )
 
 
 def _plot(options: argparse.Namespace, _: list[str]) -> None:
