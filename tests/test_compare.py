@@ -23,7 +23,7 @@ from pytorch_lightning import Trainer
 from climax_elevation.cli import main
 from climax_elevation.compare import Comparison, compare, comparison
 from climax_elevation.compare.config import read_configuration, read_task
-from climax_elevation.compare.runs import host_class
+from climax_elevation.compare.runs import PARTIAL, host_class, remove_partial
 from climax_elevation.compare.significance import holm
 from climax_elevation.compare.tables import verdict
 from climax_elevation.diagnostics import open_run
@@ -257,7 +257,15 @@ def test_seeds_and_variants_are_added(done: Comparison, config: Path) -> None:
 
 def _start(config: Path, out: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "climax_elevation", "compare", str(config), "--out", str(out)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # tests that a shell runs in the background ignore Ctrl-C, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def _wait_for(condition: Any, seconds: float = 60) -> None:
@@ -267,16 +275,28 @@ def _wait_for(condition: Any, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def test_folders_and_files_of_killed_runs_are_removed(tmp_path: Path) -> None:
+    """One that is killed while it saves its samples leaves a file beside its folder."""
+    kept = tmp_path / "physics" / "seed3"
+    left = [kept.with_name(f".seed4.1{PARTIAL}"), kept.with_name(f"..seed3.1{PARTIAL}-samples.npz{PARTIAL}")]
+    for folder in (kept, left[0]):
+        folder.mkdir(parents=True)
+        (folder / "log.txt").touch()
+    left[1].touch()
+    remove_partial(tmp_path)
+    assert list(kept.parent.iterdir()) == [kept]
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_comparison_goes_on(config: Path, done: Comparison, tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "out"
     process = _start(config, out)
-    _wait_for(lambda: len(list(out.glob("runs/*/seed*/run.json"))) >= 1)
+    _wait_for(lambda: len(list(out.glob("runs/*/seed*/run.json"))) >= 2)
     os.killpg(process.pid, signal.SIGSTOP)  # lest it be done before it is stopped
     with pytest.raises(InputError, match="another comparison is running"):
         compare(config, out=out)
     os.killpg(process.pid, signal.SIGCONT)
-    time.sleep(0.15)  # all of its processes are at work again, and have not done all that is left
+    time.sleep(0.5)  # all of its processes are at work again
     if how is signal.SIGINT:
         os.killpg(process.pid, how)  # as a terminal does, to all of its processes
     else:

@@ -250,8 +250,8 @@ def _compare(configuration: InfillConfiguration, jobs: int) -> Comparison:
     to_do = [task for task in tasks if not task.done]
     with unheard(), one_thread():
         _check(configuration, series, to_do)
-    for arm in configuration.arms:
-        remove_partial(out / arm.name / RUNS)
+    for folder in (METHODS, *(f"{arm.name}/{RUNS}" for arm in configuration.arms)):
+        remove_partial(out / folder)
     at = series.stations
     logger.info(
         "%s: %s at %d stations, %.0f to %.0f m",

@@ -415,7 +415,7 @@ def _end_with_parent() -> None:
 def remove_partial(folder: Path) -> None:
     """Remove what killed runs left behind."""
     for partial in folder.glob(f"*/.*{PARTIAL}"):
-        shutil.rmtree(partial)
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def variant_identity(variant: Variant) -> dict[str, Any]:
