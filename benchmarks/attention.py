@@ -19,19 +19,18 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
-from climax_elevation import ElevationBias, Terrain, available_biases, biased_attention, build_bias, register_bias
+from climax_elevation import ElevationBias, Terrain, available_biases, biased_attention, build_bias
 from climax_elevation.attention import ENGINES, choose_engine
-from climax_elevation.bias.base import Pullback, Tensors, map_tensors
+from climax_elevation.attention.columns import NoBias
+from climax_elevation.bias.base import Tensors, map_tensors
 
 
 @dataclass(frozen=True)
@@ -63,27 +62,6 @@ MAIN = {
 LONG_FROM = 1024  # tokens, from where on only these are measured unless others are named
 UNBIASED = "unbiased"
 ZERO = "no bias, the same loops"
-
-
-@register_bias("zero")
-class ZeroBias(ElevationBias):
-    """b[i, j] = 0."""
-
-    def inputs(self, terrain: Terrain) -> Tensors:
-        return (terrain.elevation_m,)
-
-    def features(self, elevation: Tensor) -> Tensors:
-        return (elevation,)
-
-    def pairwise(self, query: Tensors, key: Tensors) -> Tensor:
-        return query[0].new_zeros(len(query[0]), 1, query[0].shape[1], key[0].shape[1])
-
-    def pullback(
-        self, query: Tensors, key: Tensors, wanted: Sequence[int], out: Tensor | None = None
-    ) -> tuple[Tensor, Pullback]:
-        zeros = self.pairwise(query, key) if out is None else out.zero_()
-        nothing: list[Tensor | None] = [None] * len(wanted)
-        return zeros, lambda _: ({}, nothing, nothing)
 
 
 @dataclass
@@ -133,8 +111,11 @@ class Variant:
         self.bias: ElevationBias | None = None
         self.inputs: Tensors = ()
         if label != UNBIASED:
-            name, arguments = biases[label]
             ground = terrain(shape, device)
+            if label == ZERO:
+                self.bias, self.inputs = NoBias(), (ground.elevation_m,)
+                return
+            name, arguments = biases[label]
             self.bias = build_bias(name, num_heads=shape.heads, grid=shape.grid, **arguments).to(device)
             self.bias.prepare(ground)
             self.inputs = map_tensors(lambda values: values.contiguous(), self.bias.inputs(ground))
@@ -225,10 +206,8 @@ def resident_mb(field: str) -> float:
 
 def cases() -> dict[str, tuple[str, dict]]:
     """Every bias, by what rows call it."""
-    others: dict[str, tuple[str, dict]] = {
-        name: (name, {}) for name in available_biases() if name not in (*MAIN, "zero")
-    }
-    return {ZERO: ("zero", {})} | MAIN | others
+    others: dict[str, tuple[str, dict]] = {name: (name, {}) for name in available_biases() if name not in MAIN}
+    return MAIN | others
 
 
 def table(rows: list[Row]) -> str:
@@ -252,7 +231,7 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="64 to 256 tokens: from where on 'tiled' is faster")
     parser.add_argument("--engines", nargs="+", default=["auto"], choices=["auto", *ENGINES])
     parser.add_argument("--tokens", nargs="+", type=int, help="only the shapes of these lengths")
-    parser.add_argument("--bias", nargs="+", choices=list(cases()), help="only these, at every length")
+    parser.add_argument("--bias", nargs="+", choices=[ZERO, *cases()], help="only these, at every length")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, help="default: as many as a minute holds, 5 to 41")
@@ -267,7 +246,7 @@ def main() -> None:
     for shape in SHORT if options.short else SHAPES:
         if options.tokens and shape.tokens not in options.tokens:
             continue
-        biases = options.bias or (cases() if shape.tokens < LONG_FROM else [ZERO, *MAIN])
+        biases = options.bias or [ZERO, *(cases() if shape.tokens < LONG_FROM else MAIN)]
         labels = [(bias, engine) for bias in biases for engine in options.engines]
         found = measure(shape, labels, options, cases())
         if not options.no_memory:

@@ -138,7 +138,9 @@ def test_auto_is_an_engine_and_an_unknown_one_is_refused():
         (256, "cpu", torch.float32, 0.0, PhysicsBias(), "tiled"),
         (8192, "cpu", torch.bfloat16, 0.0, PhysicsBias(), "tiled"),
         (8192, "cpu", torch.float32, 0.1, PhysicsBias(), "sdpa"),
-        (8192, "cpu", torch.float32, 0.0, AdvectionBias(4, (64, 128)), "sdpa"),
+        (255, "cpu", torch.float32, 0.0, AdvectionBias(4, (15, 17)), "sdpa"),
+        (8192, "cpu", torch.float32, 0.0, AdvectionBias(4, (64, 128)), "tiled"),
+        (8192, "cpu", torch.float32, 0.1, AdvectionBias(4, (64, 128)), "sdpa"),
         (8192, "cpu", torch.bfloat16, 0.0, AdvectionBias(4, (64, 128)), "tiled"),
         (2048, "cuda", torch.bfloat16, 0.0, AdaptiveBias(), "sdpa"),
         (2048, "cuda", torch.bfloat16, 0.0, PhysicsBias(), "sdpa"),
@@ -209,12 +211,13 @@ class Tilt(ElevationBias):
         return -self.gamma * torch.ones_like(column), column
 
 
+@pytest.mark.parametrize("engine", ["sdpa", "tiled"])
 @pytest.mark.parametrize("terrain_batch", [1, 2])
-def test_factors_give_the_same_attention_and_gradients(terrain_batch):
+def test_factors_give_the_same_attention_and_gradients(engine, terrain_batch):
     q, k, v = qkv(2, 3, 7, 4)
     z = torch.rand(terrain_batch, 7, dtype=torch.float64) * 4000
     bias = Tilt().double()
-    fused, dense = (biased_attention(q, k, v, bias, (z,), engine=engine) for engine in ("sdpa", "dense"))
+    fused, dense = (biased_attention(q, k, v, bias, (z,), engine=name) for name in (engine, "dense"))
     torch.testing.assert_close(fused, dense, rtol=1e-12, atol=1e-12)
     leaves = [q, k, v, bias.gamma]
     weights = torch.randn_like(dense)
@@ -227,15 +230,24 @@ def test_factors_give_the_same_attention_and_gradients(terrain_batch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "unused"), [(torch.float64, "pairwise"), (torch.float32, "pairwise"), (torch.bfloat16, "factors")]
+    ("engine", "dtype", "unused"),
+    [
+        ("sdpa", torch.float64, "pairwise"),
+        ("sdpa", torch.float32, "pairwise"),
+        ("sdpa", torch.bfloat16, "factors"),
+        ("tiled", torch.float64, "pairwise"),
+        ("tiled", torch.float32, "pairwise"),
+        ("tiled", torch.bfloat16, "pairwise"),  # which it computes in float32
+        ("dense", torch.float64, "factors"),
+    ],
 )
-def test_factors_are_used_where_they_are_exact_enough_and_nowhere_else(monkeypatch, dtype, unused):
+def test_factors_are_used_where_they_are_exact_enough_and_nowhere_else(monkeypatch, engine, dtype, unused):
     def never(*_):
         raise AssertionError(unused)
 
     monkeypatch.setattr(Tilt, unused, never)
     q, k, v = qkv(1, 1, 16, 4, dtype=dtype)
-    assert biased_attention(q, k, v, Tilt(), (torch.rand(1, 16) * 4000,), engine="sdpa").isfinite().all()
+    assert biased_attention(q, k, v, Tilt(), (torch.rand(1, 16) * 4000,), engine=engine).isfinite().all()
 
 
 def test_factors_are_not_used_in_half_precision():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from terrains import EVERY_BIAS, global_terrain, make
 
-from climax_elevation import InputError, PhysicsBias, attach, build_bias
+from climax_elevation import InputError, PhysicsBias, attach, biased_attention, build_bias
 from climax_elevation.bias import AdvectionBias, SumBias
 from climax_elevation.host import StandInClimaX
 
@@ -119,3 +119,19 @@ def test_a_sum_has_factors_only_where_all_its_parts_have():
     advection = AdvectionBias(4, (4, 8))
     assert SumBias({"one": advection, "other": AdvectionBias(4, (4, 8))}).has_factors
     assert not SumBias({"near": advection, "hills": PhysicsBias()}).has_factors
+
+
+def test_parts_with_factors_are_columns_beside_the_others_tiles(monkeypatch):
+    terrain = global_terrain()
+    bias = make("sum of three", terrain)
+    q, k, v = (torch.randn(2, 4, 32, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    learned = [q, k, v, *bias.parameters()]
+
+    def attention(engine):
+        out = biased_attention(q, k, v, bias, bias.inputs(terrain), engine=engine)
+        return [out, *torch.autograd.grad(out.square().sum(), learned)]
+
+    expected = attention("dense")
+    monkeypatch.setattr(AdvectionBias, "pairwise", None)
+    for found, wanted in zip(attention("tiled"), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from climax_elevation.attention.columns import has_columns
 from climax_elevation.attention.engine import Engine
 from climax_elevation.bias.as_data import tensors_of
 from climax_elevation.bias.base import ElevationBias, Tensors, leaves, literal
@@ -55,15 +56,15 @@ class KeptBias:
         """What to give the engine: the values, as a bias's; where nothing can be kept, the same bias and inputs.
 
         Nothing is kept where gradients are recorded, in compiled programs and under torch.func, of samples with
-        different ground or wind, of biases with exact factors, which have no matrix, and of biases with attributes
-        that are no plain data, whose change would not be noticed.
+        different ground or wind, of biases that have exact factors, or a part that has, which need no matrix, and of
+        biases with attributes that are no plain data, whose change would not be noticed.
 
         Args:
             bias: Whose values they are.
             inputs: The arguments of its `forward`.
             engine: That is going to be used.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming() or bias.has_factors:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or transforming() or has_columns(bias):
             return bias, inputs
         given = list(leaves(inputs))
         settings = _settings(bias)

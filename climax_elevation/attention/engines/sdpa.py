@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from climax_elevation.attention.columns import with_columns
 from climax_elevation.attention.engine import Engine, Request, whole
 from climax_elevation.bias.base import ElevationBias, Tensors
 from climax_elevation.transforms import transforming
@@ -34,15 +35,9 @@ def sdpa_attention(
             return scaled_dot_product_attention(
                 q, k, v, attn_mask=bias(*inputs).to(q.dtype), dropout_p=dropout_p, scale=scale
             )
-        f, g = (factor.to(q.dtype).expand(*q.shape[:3], -1) for factor in factors)
+        q, k = with_columns(q, k, factors, scale)
         # v is padded too, since the fused kernels want one head dimension for all three
-        padded = scaled_dot_product_attention(
-            torch.cat([scale * q, f], dim=-1),
-            torch.cat([k, g], dim=-1),
-            pad(v, (0, f.shape[-1])),
-            dropout_p=dropout_p,
-            scale=1.0,
-        )
+        padded = scaled_dot_product_attention(q, k, pad(v, (0, factors[0].shape[-1])), dropout_p=dropout_p, scale=1.0)
         return padded[..., : v.shape[-1]]
 
 
@@ -52,8 +47,13 @@ def _kernels() -> AbstractContextManager[None]:
 
 
 def _rank(request: Request) -> int:
-    """First where there is dropout, which none of the others has, and where exact factors make a mask needless."""
-    return 3 if request.dropout_p > 0 or (request.bias.has_factors and request.dtype in WIDE) else 1
+    """First where there is dropout, which none of the others has, and where exact factors make a mask needless.
+
+    But on the CPU the loops of "tiled" are faster with the same factors, which compiled programs do not give them.
+    """
+    columns = request.bias.has_factors and request.dtype in WIDE
+    loops = request.device == "cpu" and not torch.compiler.is_compiling()
+    return 3 if request.dropout_p > 0 or (columns and not loops) else 1
 
 
 ENGINE = Engine(sdpa_attention, _rank, whole)

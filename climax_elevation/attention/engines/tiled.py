@@ -8,13 +8,14 @@ tile come back from the saved logsumexp l, and five matrix products give the gra
     dq += s ds k                    dk += s ds^T q          db = ds, summed over samples and heads that share it
 
 db goes straight into the bias's own parameters and features: by the bias's own `pullback` where it has one,
-else by differentiating that tile of `pairwise` again. The order of tiles is fixed, so a run repeats exactly.
-Half precision is computed in float32.
+else by differentiating that tile of `pairwise` again. What of a bias is of exact low rank is no part of b, but columns
+of q and k (`attention.columns`). The order of tiles is fixed, so a run repeats exactly. Half precision is computed in
+float32.
 
 The engine is a function of its arguments alone: of q, k, v, features, the bias's parameters and buffers, and of what
 else the bias is. Called plainly, that is the bias itself, as it was when it was called. In compiled and exported
 programs both directions are custom operators, which torch.compile passes over without a break; they take the bias as
-data (`bias.as_data`).
+data (`bias.as_data`), all of it by tiles.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from climax_elevation.attention.bias_tiles import SIDE, Gradient, Tiles
+from climax_elevation.attention.columns import apart, with_columns
 from climax_elevation.attention.engine import Engine, Request
 from climax_elevation.attention.partial_softmax import attend, differentiate
 from climax_elevation.bias.as_data import described, given_values, tensors_of, why_no_data, with_tensors
@@ -57,9 +59,13 @@ def tiled_attention(
     if dropout_p > 0:
         raise InputError("the engine 'tiled' has no attention dropout: choose 'sdpa', or set it to 0")
     with torch.autocast(q.device.type, enabled=False):
-        features = bias.features(*inputs)
         wide = torch.promote_types(q.dtype, torch.float32)
         wide_q, wide_k, wide_v = (t.to(wide) for t in (q, k, v))
+        if not tracing(q):
+            factors, bias, inputs = apart(bias, inputs, wide_q)
+            if factors is not None:
+                (wide_q, wide_k), scale = with_columns(wide_q, wide_k, factors, scale), 1.0
+        features = bias.features(*inputs)
         nesting = repr(map_tensors(lambda _: 0, features))  # type: ignore[arg-type, return-value]
         own, flat = tensors_of(bias), list(leaves(features))
         if tracing(q):
