@@ -312,6 +312,23 @@ def test_a_forest_holds_the_differences(compared):
     check_readable(figure)
 
 
+def test_arms_are_panels_with_the_same_rows(tmp_path):
+    header, *rows = COMPARED.strip().splitlines()
+    lines = [f"arm,{header}"]
+    for arm, percent in (("withheld", "-4"), ("given_60_days", "-0.5")):
+        lines += [f"{arm},{row.replace(',-4.0,', f',{percent},')}" for row in rows]
+    (tmp_path / "given").mkdir()
+    for place in (tmp_path, tmp_path / "given"):  # the comparison's own, and an arm's
+        (place / "differences.csv").write_text("\n".join(lines) + "\n")
+    figure = pictures.forest(tmp_path)
+    assert [axes.get_title() for axes in figure.axes] == ["withheld", "given 60 days"]
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names[-1] == "ridge vs none"
+    of_ridge = [[line for line in axes.get_lines() if line.get_marker() == "o"][-1] for axes in figure.axes]
+    assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in of_ridge] == [(-4.0, 3), (-0.5, 3)]
+    check_readable(figure)
+
+
 def test_a_skill_has_no_per_cent_and_one_seed_no_interval(compared):
     figure = pictures.forest(compared / "differences.csv", metric="skill_persistence")
     assert tuple(labelled(figure.axes[0], "over seeds")[0].get_xdata()) == (0.03, 0.05)

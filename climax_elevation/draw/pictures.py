@@ -90,6 +90,8 @@ def forest(
 ) -> Figure:
     """The differences of a comparison, with their intervals: of errors in per cent, of other scores as they are.
 
+    A comparison with arms, such as heights given and withheld, has a panel for each.
+
     Args:
         source: differences.csv, or the folder of `climax-elevation compare` that has it.
         part, variable, metric, stratum: Which; None: that of `USUAL`, or else the only one that there is.
@@ -112,8 +114,11 @@ def forest(
     unit = "% of the counterpart's; below 0: smaller error" if relative else "dimensionless; above 0: better"
     of = f"variable: {chosen['variable']}, part: {chosen['part']}, stratum: {chosen['stratum']}"
     with reading_table(file):
-        differences = [_difference(row, "percent" if relative else "difference") for row in rows]
-    return plots.forest_figure(differences, of, f"difference in {chosen['metric']} ({unit})")
+        panels: dict[str, list[plots.Difference]] = {}
+        for row in rows:
+            found = _difference(row, "percent" if relative else "difference")
+            panels.setdefault(row.get("arm", "").replace("_", " "), []).append(found)
+    return plots.forest_figure(panels, of, f"difference in {chosen['metric']} ({unit})")
 
 
 def _choice(file: Path, name: str, wanted: str | None, there: list[str]) -> str:
@@ -143,6 +148,8 @@ def _difference(row: dict[str, str], value: str) -> plots.Difference:
 def _one_file(source: Path, name: str) -> Path:
     if source.is_file():
         return source
+    if (source / name).is_file():
+        return source / name
     found = sorted(source.rglob(name)) if source.is_dir() else []
     if len(found) != 1:
         there = f"has {len(found)} of them: name one" if found else "does not exist or has none"

@@ -422,37 +422,50 @@ class Difference:
 
 
 LONGEST_NAME = 30  # characters a line
+PANEL_INCHES = 4.0  # of a further panel
 VERDICTS = {"better": BLUE, "worse": VERMILION}
 
 
-def forest_figure(differences: Sequence[Difference], of: str, label: str) -> Figure:
-    """Differences with their intervals, the lowest above; filled where the verdict is clear.
+def forest_figure(panels: Mapping[str, Sequence[Difference]], of: str, label: str) -> Figure:
+    """Differences with their intervals, the lowest of the first panel above; filled where the verdict is clear.
 
     Args:
-        differences: At least one.
+        panels: At least one difference each, by what is written over the panel; of the same pairs.
         of: What is compared, in words.
         label: Of the axis, with the unit.
     """
-    ordered = sorted(differences, key=lambda each: each.value, reverse=True)
+    everything = [each for differences in panels.values() for each in differences]
+    first: dict[tuple[str, str], float] = {}
+    for each in everything:
+        first.setdefault((each.variant, each.counterpart), each.value)
+    ordered = sorted(first, key=lambda pair: first[pair], reverse=True)
     with readable_fonts():
-        figure = new_figure(WIDTH_INCHES, 2.2 + 0.42 * len(ordered))
-        axes = figure.subplots()
-        for row, each in enumerate(ordered):
-            colour = VERDICTS.get(each.verdict, "0.45")
-            axes.plot(each.time_interval, [row, row], "|-", color=colour, lw=1, ms=14, mew=1.5, label="over time")
-            # butt: round or projecting ends would make the interval longer
-            axes.plot(each.interval, [row, row], "-", color=colour, lw=3.5, solid_capstyle="butt", label="over seeds")
-            face = colour if each.verdict in VERDICTS else "white"
-            axes.plot(each.value, row, "o", color=colour, ms=9, mfc=face, mew=2, label=each.verdict)
-        axes.axvline(0, color=BLACK, lw=1)
-        names = [textwrap.fill(f"{each.variant} vs {each.counterpart}", LONGEST_NAME) for each in ordered]
-        axes.set_yticks(range(len(ordered)), names)
-        axes.set_ylim(-0.7, len(ordered) - 0.3)
-        axes.grid(axis="x", alpha=0.3)
+        figure = new_figure(WIDTH_INCHES + PANEL_INCHES * (len(panels) - 1), 2.2 + 0.42 * len(ordered))
+        columns = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, (title, differences) in zip(columns, panels.items(), strict=True):
+            axes.set_title(title, fontsize=POINTS)
+            own = {(each.variant, each.counterpart): each for each in differences}
+            for row, pair in enumerate(ordered):
+                if pair in own:
+                    _draw_difference(axes, row, own[pair])
+            axes.axvline(0, color=BLACK, lw=1)
+            axes.grid(axis="x", alpha=0.3)
+        names = [textwrap.fill(f"{variant} vs {counterpart}", LONGEST_NAME) for variant, counterpart in ordered]
+        columns[0].set_yticks(range(len(ordered)), names)
+        columns[0].set_ylim(-0.7, len(ordered) - 0.3)
         figure.supxlabel(label, fontsize=POINTS)
-        seeds = sorted({each.seeds for each in ordered})
+        seeds = sorted({each.seeds for each in everything})
         counted = " to ".join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))
         figure.suptitle(
             f"{of}\nthick: interval over seeds ({counted}), thin with ends: over time;\nfilled: clear after correction"
         )
     return figure
+
+
+def _draw_difference(axes: Axes, row: int, each: Difference) -> None:
+    colour = VERDICTS.get(each.verdict, "0.45")
+    axes.plot(each.time_interval, [row, row], "|-", color=colour, lw=1, ms=14, mew=1.5, label="over time")
+    # butt: round or projecting ends would make the interval longer
+    axes.plot(each.interval, [row, row], "-", color=colour, lw=3.5, solid_capstyle="butt", label="over seeds")
+    face = colour if each.verdict in VERDICTS else "white"
+    axes.plot(each.value, row, "o", color=colour, ms=9, mfc=face, mew=2, label=each.verdict)
