@@ -111,7 +111,8 @@ def recut(
             f"{source} has no {RECORD}, which would say how many steps ahead it is for: give predict_range"
         )
     layout = _layout(source)
-    pieces = {part: _pieces(source, part, record, layout) for part in PARTITIONS if _paths(source, part)}
+    pieces = {part: _pieces(source, part, record, layout) for part in PARTITIONS}
+    pieces = {part: found for part, found in pieces.items() if found}
     identity = {
         "of": _digest(source, record),
         "options": {"processes": processes, "shard_steps": shard_steps, "predict_range": ahead},
