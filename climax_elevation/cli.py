@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from climax_elevation.errors import InputError
-from climax_elevation.train import MODULES
+from climax_elevation.train import MODULES, READERS
 from climax_elevation.upstream.patching import CHOICES
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="run ClimaX's own training script with terrain-aware attention",
-        usage="climax-elevation train MODULE [--climax PATH] [--plan] [--pretrained-variables NAME ...] -- "
-        "UPSTREAM ARGUMENTS",
+        usage="climax-elevation train MODULE [--climax PATH] [--reader NAME] [--plan] "
+        "[--pretrained-variables NAME ...] -- UPSTREAM ARGUMENTS",
         description="Runs ClimaX's training script in a patched temporary copy; where there is no ClimaX, "
         "global_forecast runs on the stand-in host. What follows '--' goes to the script: --config FILE, and "
         "overrides such as --model.net.init_args.use_physics_mask=true.",
@@ -111,6 +111,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="of the checkpoint of --model.pretrained_path, in its order (default: as it or its config.yaml says, or "
         "ClimaX's 48)",
+    )
+    train.add_argument(
+        "--reader",
+        choices=READERS,
+        default="climax",
+        help="who reads the shards of global and regional forecasting: ClimaX's own reader (the default), which gives "
+        "whole shards to processes, or the plugin's, which reads every sample once an epoch, whatever the number of "
+        "processes and shards",
     )
     train.add_argument("--plan", action="store_true", help="print what the run would be, and do not start it")
     train.set_defaults(run=_train)
@@ -306,7 +314,12 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> None:
     from climax_elevation.train import train
 
     train(
-        options.module, options.climax, arguments, pretrained_variables=options.pretrained_variables, plan=options.plan
+        options.module,
+        options.climax,
+        arguments,
+        pretrained_variables=options.pretrained_variables,
+        plan=options.plan,
+        reader=options.reader,
     )
 
 

@@ -353,14 +353,18 @@ class GlobalForecastDataModule(LightningDataModule):
             batch_size=batch_size,
             num_workers=self.hparams["num_workers"],
             pin_memory=self.hparams["pin_memory"],
-            collate_fn=_collate,
+            collate_fn=partial(_collate, beside=self._beside()),
         )
 
+    def _beside(self) -> tuple[Any, ...]:
+        """What else a batch holds, at its end."""
+        return ()
 
-def _collate(given: Sequence[Sample | None]) -> tuple[Tensor, Tensor, Tensor, list[str], list[str]]:
+
+def _collate(given: Sequence[Sample | None], beside: tuple[Any, ...]) -> tuple[Any, ...]:
     samples = [sample for sample in given if sample is not None]
     x, y, lead_times = (torch.stack([sample[i] for sample in samples]) for i in range(3))  # type: ignore[misc]
-    return x, y, lead_times, list(samples[0][3]), list(samples[0][4])
+    return x, y, lead_times, list(samples[0][3]), list(samples[0][4]), *beside
 
 
 def _shuffled(samples: Iterator[Drawn], buffer_size: int, random: np.random.Generator) -> Iterator[Drawn]:
