@@ -68,7 +68,9 @@ def test_the_sizes_on_paper():
     assert len(rows) == 4
     for gpus, rest in rows:
         gpus, cells = int(gpus), [cell.strip() for cell in rest.split("|")]
-        steps = ceil((hours - ahead * gpus) / (a_gpu * gpus))
-        lost = 100 * ahead * gpus / hours
-        shown = [f"{gpus // 8}", f"{gpus}", f"{hours // gpus} h", f"{lost:.1f} %", f"{steps}", f"{20000 / steps:.1f}"]
+        pairs = ceil((hours - ahead) / gpus)
+        steps = ceil(pairs / a_gpu)
+        length = pairs + ahead
+        more = 100 * (length * gpus / hours - 1)
+        shown = [f"{gpus // 8}", f"{gpus}", f"{length} h", f"{more:.1f} %", f"{steps}", f"{20000 / steps:.1f}"]
         assert cells == shown
