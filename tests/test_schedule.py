@@ -14,10 +14,10 @@ from climax_elevation.data.shares import Share
 from climax_elevation.host.shards import GlobalForecastDataModule
 from climax_elevation.train import train
 from climax_elevation.upstream.schedule import (
+    _of_upstream,
     announced,
     check_equal,
     check_shares,
-    _of_upstream,
     check_validation,
     count_shares,
     steps_an_epoch,
@@ -80,6 +80,14 @@ def test_a_process_without_a_shard_is_refused(root):
     with pytest.raises(InputError, match="test has 1 shards, and 2 processes of 1 readers each.* make 2 or more"):
         check_shares(upstreams(root, 2), 2, 1)
     check_shares(upstreams(root, 4, workers=0), 4, 0)
+
+
+def test_more_processes_than_samples_are_refused_with_either_reader(root):
+    module = GlobalForecastDataModule(str(root), tiny_data.VARIABLES, 4, predict_range=2, batch_size=2)
+    check_shares(module.shares(5), 5, 1)
+    for shares in (module.shares(6), upstreams(root, 6)):
+        with pytest.raises(InputError, match="test has 5 samples, and 6 processes would share them: use fewer"):
+            check_shares(shares[2:], 6, 1)
 
 
 def test_processes_that_would_wait_for_one_another_are_refused(root, tmp_path):
@@ -206,6 +214,7 @@ def test_the_plan_is_printed_and_nothing_is_started(host, root, tmp_path, capsys
     said = capsys.readouterr().out
     for line in (
         "bias: PhysicsBias in blocks 0 of 2, engine ",
+        f"reader: {'the plugin' if host is None else 'ClimaX'}'s GlobalForecastDataModule",
         "processes: 1 (1 nodes of 1)",
         "train: 19 samples in 4 shards, 19 a process, 10 batches",
         "4 steps an epoch, 12 in all, 3 epochs: up to 24 samples seen",

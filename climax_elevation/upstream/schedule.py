@@ -122,6 +122,11 @@ def check_shares(shares: Sequence[Share], processes: int, workers: int, *, shari
         sharing: Whether the plugin's reader can take the place of the one that there is.
     """
     for share in shares:
+        if share.samples < processes:
+            raise InputError(
+                f"{share.part} has {share.samples} samples, and {processes} processes would share them: use fewer "
+                "processes, or give it more time"
+            )
         if not share.fewest:
             readers = processes * max(1, workers)
             raise InputError(
