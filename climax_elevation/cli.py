@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from climax_elevation.errors import InputError
-from climax_elevation.train import MODULES
+from climax_elevation.train import MODULES, READERS
 from climax_elevation.upstream.patching import CHOICES
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="run ClimaX's own training script with terrain-aware attention",
-        usage="climax-elevation train MODULE [--climax PATH] [--plan] [--pretrained-variables NAME ...] -- "
-        "UPSTREAM ARGUMENTS",
+        usage="climax-elevation train MODULE [--climax PATH] [--reader NAME] [--plan] "
+        "[--pretrained-variables NAME ...] -- UPSTREAM ARGUMENTS",
         description="Runs ClimaX's training script in a patched temporary copy; where there is no ClimaX, "
         "global_forecast runs on the stand-in host. What follows '--' goes to the script: --config FILE, and "
         "overrides such as --model.net.init_args.use_physics_mask=true.",
@@ -111,6 +111,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="of the checkpoint of --model.pretrained_path, in its order (default: as it or its config.yaml says, or "
         "ClimaX's 48)",
+    )
+    train.add_argument(
+        "--reader",
+        choices=READERS,
+        default="climax",
+        help="who reads the shards of global and regional forecasting: ClimaX's own reader (the default), which gives "
+        "whole shards to processes, or the plugin's, which reads every sample once an epoch, whatever the number of "
+        "processes and shards",
     )
     train.add_argument("--plan", action="store_true", help="print what the run would be, and do not start it")
     train.set_defaults(run=_train)
@@ -126,18 +134,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     patch.set_defaults(run=_patch)
 
-    prepare = commands.add_parser("prepare", help="turn reanalysis files into ClimaX's training format")
+    prepare = commands.add_parser(
+        "prepare",
+        help="turn reanalysis files into ClimaX's training format",
+        description="Writes ClimaX's training format from reanalysis files. Where SOURCE is prepared already, in that "
+        "format, cuts its shards anew into OUT, for other --processes, --shard-steps or --predict-range.",
+    )
     prepare.add_argument(
-        "source", nargs="+", metavar="SOURCE", help="netCDF, GRIB or Zarr: files, a folder, a pattern or a URL"
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="netCDF, GRIB or Zarr: files, a folder, a pattern or a URL; or a folder that is prepared already",
     )
     prepare.add_argument("out", type=_path, metavar="OUT", help="folder to write: new, or begun by the same command")
     prepare.add_argument("--val-from", metavar="DATE", help="first year or date of validation (default: 80 %% of time)")
     prepare.add_argument("--test-from", metavar="DATE", help="first year or date of test (default: 90 %% of time)")
-    prepare.add_argument("--patch-size", type=int, default=2, metavar="N", help="crop to a multiple of N (default: 2)")
-    prepare.add_argument("--predict-range", type=int, default=1, metavar="N", help="steps that shards must outlast")
-    prepare.add_argument("--shard-steps", type=int, metavar="N", help="longest shard (default: an eighth of training)")
+    prepare.add_argument("--patch-size", type=int, metavar="N", help="crop to a multiple of N (default: 2)")
     prepare.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="make shards that N processes can share (default: 1)"
+        "--predict-range",
+        type=int,
+        metavar="N",
+        help="steps from input to target, of which shards lose no pair (default: 1, or what SOURCE was prepared for)",
+    )
+    prepare.add_argument(
+        "--shard-steps",
+        type=int,
+        metavar="N",
+        help="longest shard (default: that gives up to 800 shards a part, of 20 times --predict-range pairs or more)",
+    )
+    prepare.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="make a multiple of N shards of each part, for ClimaX's own readers (default: 1)",
     )
     prepare.add_argument("--variables", nargs="+", metavar="NAME", help="what to take (default: all ClimaX knows)")
     prepare.add_argument("--levels", nargs="+", type=int, metavar="HPA", help="pressure levels (default: ClimaX's)")
@@ -284,7 +314,12 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> None:
     from climax_elevation.train import train
 
     train(
-        options.module, options.climax, arguments, pretrained_variables=options.pretrained_variables, plan=options.plan
+        options.module,
+        options.climax,
+        arguments,
+        pretrained_variables=options.pretrained_variables,
+        plan=options.plan,
+        reader=options.reader,
     )
 
 
@@ -308,9 +343,16 @@ def _prepare(options: argparse.Namespace, _: list[str]) -> None:
     height, width = prepared.shape
     print(
         f"{prepared.out}: {height} x {width} pixels, {', '.join(prepared.variables)}; "
-        + ", ".join(f"{part} {steps} steps" for part, steps in prepared.steps.items())
+        + ", ".join(
+            f"{part} {steps} steps in {_shards(prepared.shards[part])}" for part, steps in prepared.steps.items()
+        )
     )
-    print("\n".join(["to train a small model, without the terrain bias and with it:", *prepared.commands]))
+    if prepared.commands:
+        print("\n".join(["to train a small model, without the terrain bias and with it:", *prepared.commands]))
+
+
+def _shards(count: int) -> str:
+    return f"{count} shard{'s' if count != 1 else ''}"
 
 
 def _compare(options: argparse.Namespace, _: list[str]) -> None:

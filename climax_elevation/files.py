@@ -1,6 +1,7 @@
 """Files of numbers: written whole or not at all, and read, or named in a sentence."""
 
 import csv
+import errno
 import logging
 import os
 import tempfile
@@ -24,6 +25,8 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk or a quota that is full."""
 PREPARE = "prepare data into its folder, or mend data.root_dir"
 Arrays = Mapping[str, NDArray[np.floating]]
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from climax_elevation.upstream.config import Modernized
 
 MODULES = ("global_forecast", "regional_forecast", "climate_projection", "pretrain")
+READERS = ("climax", "plugin")
 
 
 def train(
@@ -22,6 +23,7 @@ def train(
     *,
     pretrained_variables: Sequence[str] | None = None,
     plan: bool = False,
+    reader: str = "climax",
 ) -> None:
     """Train, and then test where upstream's script does, with terrain-aware ClimaX.
 
@@ -33,13 +35,19 @@ def train(
         pretrained_variables: Of the checkpoint that model.pretrained_path names, in its order; None: it, or the
             configuration beside it, says so, or it has ClimaX's 48.
         plan: Print what the run would be, and do not start it.
+        reader: One of `READERS`: "climax" reads with the script's own data module, "plugin" with the plugin's, which
+            gives every process each its part of all samples, and goes on in the middle of an epoch; the stand-in host
+            has no other.
 
     Raises:
-        InputError: If ClimaX is another version, a configuration is wrong, or only the stand-in host
-            is there and `module` is not "global_forecast".
+        InputError: If ClimaX is another version, a configuration is wrong, only the stand-in host
+            is there and `module` is not "global_forecast", or `reader` does not read what `module` trains on.
     """
     if module not in MODULES:
         raise InputError(f"unknown module {module!r}; available: {', '.join(MODULES)}")
+    if reader not in READERS:
+        raise InputError(f"unknown reader {reader!r}; available: {', '.join(READERS)}")
+    from climax_elevation.host.shards import GlobalForecastDataModule
     from climax_elevation.pretrained import stating
     from climax_elevation.upstream.config import modernize
     from climax_elevation.upstream.launch import train_upstream
@@ -60,7 +68,8 @@ def train(
             _train_stand_in(modernize(arguments, Path(folder), stand_in=True))
         else:
             say("host: ClimaX, %s (%s)", source.examination.sentence, source.origin)
-            train_upstream(module, source, modernize(arguments, Path(folder)))
+            own = GlobalForecastDataModule if reader == "plugin" else None
+            train_upstream(module, source, modernize(arguments, Path(folder)), own)
 
 
 def _train_stand_in(given: Modernized) -> None:

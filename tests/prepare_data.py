@@ -1,5 +1,6 @@
 """Small sources for the tests of `prepare`, with values that can be true."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,19 @@ def write(dataset: xr.Dataset, path: Path) -> Path:
 
 
 def read(out: Path, partition: str) -> dict[str, NDArray[Any]]:
-    """All steps of a partition, shards joined in order, as ClimaX's format defines them."""
-    shards = [dict(np.load(path)) for path in shard_files(out, partition)]
-    return {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+    """All steps of a partition, each once, shards joined in order, as ClimaX's format defines them."""
+    listed = {
+        shard["file"]: shard["repeats"] or 0 for shard in json.loads((out / "prepare.json").read_text())["shards"]
+    }
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for path in shard_files(out, partition):
+        common = listed[f"{partition}/{path.name}"]
+        for name, values in dict(np.load(path)).items():
+            before = parts.setdefault(name, [])
+            if common:
+                np.testing.assert_array_equal(values[:common], np.concatenate(before)[-common:])
+            before.append(values[common:])
+    return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 def shard_files(out: Path, partition: str) -> list[Path]:

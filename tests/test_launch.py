@@ -243,7 +243,7 @@ def test_two_processes(request, tmp_path, host):
     else:
         request.getfixturevalue("no_climax")
     # upstream's reader gives whole shards to each process, and none to one for which there is none
-    shards = tiny_data.write(tmp_path / "shards", val=(5, 5), test=(5, 5))
+    shards = tiny_data.write(tmp_path / "shards", train=(6, 6, 6), val=(5, 5), test=(5, 5))
     parallel = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=1"]
     done = launched("global_forecast", "--", *forecasting(shards, tmp_path / "out"), *parallel, ON, **environment)
     assert done.returncode == 0, done.stderr

@@ -45,15 +45,15 @@ def test_round_trip_value_by_value(tmp_path: Path) -> None:
 def test_shards_are_balanced_and_outlast_predict_range(tmp_path: Path) -> None:
     source = write(era5(), tmp_path / "s.nc")
     done = prepare(source, tmp_path / "out", shard_steps=10, predict_range=3)
-    # 32 steps at most 10 at a time: 4 shards of 8; 4 steps of validation and test in one shard each.
-    assert [len(np.load(path)["orography"]) for path in shard_files(done.out, "train")] == [8, 8, 8, 8]
-    assert done.shards == {"train": 4, "val": 1, "test": 1}
-    # 32 steps at most 5 at a time would be 7 shards of 4 or 5.
+    # 29 pairs, at most 10 - 3 a shard: 5 shards of 5 or 6; 4 steps of validation and test in one shard each.
+    assert [len(np.load(path)["orography"]) for path in shard_files(done.out, "train")] == [8, 9, 9, 9, 9]
+    assert done.shards == {"train": 5, "val": 1, "test": 1}
+    # at most 5 - 3 a shard: 15 shards, which begin with the 3 steps that the one before ends with
     done = prepare(source, tmp_path / "short", shard_steps=5, predict_range=3)
     lengths = [len(np.load(path)["orography"]) for path in shard_files(done.out, "train")]
-    assert sum(lengths) == 32
-    assert min(lengths) > 3
-    assert max(lengths) - min(lengths) <= 1
+    assert sorted(lengths) == [4] + 14 * [5]
+    assert done.steps["train"] == 32
+    assert len(read(done.out, "train")["orography"]) == 32
 
 
 def test_statistics_are_those_of_training_alone(tmp_path: Path) -> None:
@@ -355,12 +355,12 @@ def test_upstream_s_own_reader(tmp_path: Path, climax: Path) -> None:
     batches = list(upstream.Forecast(reader, max_predict_range=2, hrs_each_step=6))
     t2m = source["t2m"].to_numpy()[:, ::-1][:, :6, :8]
     for index, (inputs, outputs, lead_times, _, _) in enumerate(batches):
-        start = 16 * index
-        assert inputs.shape == (14, len(variables), 6, 8)
-        np.testing.assert_array_equal(inputs[:, 0], t2m[start : start + 14])
-        np.testing.assert_array_equal(outputs[:, 0], t2m[start + 2 : start + 16])
+        start = 10 * index
+        assert inputs.shape == (10, len(variables), 6, 8)
+        np.testing.assert_array_equal(inputs[:, 0], t2m[start : start + 10])
+        np.testing.assert_array_equal(outputs[:, 0], t2m[start + 2 : start + 12])
         np.testing.assert_allclose(lead_times, 0.12, rtol=1e-6)  # 12 hours over 100
-    assert len(batches) == 2
+    assert len(batches) == 3  # 30 pairs of 32 steps: none is lost between shards
 
 
 def test_same_command_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def asked_of_srun(file, out, tmp_path, *arguments, tasks="2"):
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_requeued_job_goes_on_from_the_last_checkpoint(file, tmp_path):
     begun = asked_of_srun(file, tmp_path / "out", tmp_path)
-    assert begun[:5] == ["--kill-on-bad-exit", "climax-elevation", "train", "global_forecast", "--"]
+    command = ["climax-elevation", "train", "global_forecast", "--reader", "plugin", "--"]
+    assert begun[:7] == ["--kill-on-bad-exit", *command]
     last = tmp_path / "out" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)
     last.touch()
@@ -46,7 +47,7 @@ def test_the_small_job_is_one_that_could_start(no_climax, tmp_path, capsys):
     root = tiny_data.write(tmp_path / "shards")
     own = [argument for argument in forecasting(root, tmp_path / "x") if "devices" not in argument]
     asked = asked_of_srun(ROOT / "configs" / "slurm.sbatch", tmp_path / "out", tmp_path, *own)
-    train("global_forecast", None, asked[5:], plan=True)
+    train("global_forecast", None, asked[7:], plan=True, reader="plugin")
     said = capsys.readouterr().out
     assert "processes: 2 (1 nodes of 2), DDPStrategy" in said
     assert "train: 12 samples in 3 shards, 6 a process, 3 batches" in said
@@ -68,7 +69,9 @@ def test_the_sizes_on_paper():
     assert len(rows) == 4
     for gpus, rest in rows:
         gpus, cells = int(gpus), [cell.strip() for cell in rest.split("|")]
-        steps = ceil((hours - ahead * gpus) / (a_gpu * gpus))
-        lost = 100 * ahead * gpus / hours
-        shown = [f"{gpus // 8}", f"{gpus}", f"{hours // gpus} h", f"{lost:.1f} %", f"{steps}", f"{20000 / steps:.1f}"]
+        pairs = ceil((hours - ahead) / gpus)
+        steps = ceil(pairs / a_gpu)
+        length = pairs + ahead
+        more = 100 * (length * gpus / hours - 1)
+        shown = [f"{gpus // 8}", f"{gpus}", f"{length} h", f"{more:.1f} %", f"{steps}", f"{20000 / steps:.1f}"]
         assert cells == shown

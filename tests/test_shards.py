@@ -16,6 +16,7 @@ from torch import Tensor
 from climax_elevation import InputError
 from climax_elevation.data.shares import batches_a_process, split, stretch
 from climax_elevation.files import save_npy, save_npz
+from climax_elevation.host import shards as host_shards
 from climax_elevation.host.shards import ForecastDataset, GlobalForecastDataModule, Normalize, Shard
 
 
@@ -133,25 +134,46 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_data.write(root, train=(7, 3, 11, 6, 4), val=(9, 5, 13), test=(23,))
 
 
-@pytest.mark.parametrize("part", ["train", "val", "test"])
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
-    ("ranks", "batch_size", "workers"),
-    [*((ranks, 2 + ranks % 3, 0) for ranks in range(1, 17)), (5, 1, 0), (1, 3, 2), (3, 2, 2)],
+    ("ranks", "batch_size"), [*((ranks, 2 + ranks % 3) for ranks in range(1, 17)), (3, 1), (5, 1), (16, 1)]
 )
+@pytest.mark.parametrize("part", ["train", "val", "test"])
 def test_processes_read_every_pair_once_in_equally_many_batches(
-    uneven: Path, ranks: int, batch_size: int, workers: int, part: str
+    uneven: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, batch_size: int, workers: int, part: str
 ) -> None:
+    """Each rank's loader, with its workers one after another in this process: starting them would take minutes."""
+    module = _module(uneven, batch_size=batch_size)
     read: Counter[int] = Counter()
     counts = set()
     for rank in range(ranks):
-        module = _module(uneven, batch_size=batch_size, num_workers=workers)
         module.trainer = SimpleNamespace(global_rank=rank, world_size=ranks)
-        batches = [_time_steps(module, x) for x, *_ in getattr(module, f"{part}_dataloader")()]
+        loader = getattr(module, f"{part}_dataloader")()
+        batches = []
+        for worker in range(max(1, workers)):
+            info = SimpleNamespace(id=worker, num_workers=workers) if workers else None
+            monkeypatch.setattr(host_shards, "get_worker_info", lambda info=info: info)
+            loader.dataset.epoch = 0  # each worker has a copy of the data set, of the same epoch
+            batches += [_time_steps(module, x) for x, *_ in loader]
         counts.add(len(batches))
         read.update(step for batch in batches for step in batch)
     assert len(counts) == 1
     assert set(read.values()) == {1}
-    assert len(read) == (20 if (batch_size, part) == (1, "train") else 21)
+    assert len(read) == (21 // ranks * ranks if (batch_size, part) == (1, "train") else 21)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (3, 2), (16, 2)])
+def test_real_workers_do_too(uneven: Path, ranks: int, workers: int) -> None:
+    for part in ("train", "val", "test") if ranks < 16 else ("val",):
+        read: Counter[int] = Counter()
+        counts = set()
+        for rank in range(ranks):
+            module = _module(uneven, batch_size=2, num_workers=workers)
+            module.trainer = SimpleNamespace(global_rank=rank, world_size=ranks)
+            batches = [_time_steps(module, x) for x, *_ in getattr(module, f"{part}_dataloader")()]
+            counts.add(len(batches))
+            read.update(step for batch in batches for step in batch)
+        assert (len(counts), set(read.values()), len(read)) == (1, {1}, 21)
 
 
 def test_what_is_left_over_changes(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def _one_a_variant(tasks: list[Task]) -> Iterable[Task]:
 def _check_blocks(configuration: Configuration, scorer: Scorer) -> None:
     block = configuration.statistics.block
     for part in PARTS:
-        steps = sum(shard.steps - scorer.data.hparams["predict_range"] for shard in scorer.data.shards[part])
+        steps = sum(shard.pairs(scorer.data.hparams["predict_range"]) for shard in scorer.data.shards[part])
         if block is not None and block * FEWEST_BLOCKS > steps:
             logger.warning(
                 "statistics.block %d gives fewer than %d blocks in the %d samples of %s: there will be no interval "

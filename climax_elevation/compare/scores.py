@@ -52,7 +52,7 @@ class Samples:
     """Sums over pixels, for each sample of a part.
 
     Attributes:
-        shard: Which shard a sample is of, `[S]`.
+        shard: Which shard a sample is of, `[S]`; shards that go on after one another count as one.
         weight: sum(a), `[S, K]`.
         squares: sum(a e^2), `[S, V, K]`, physical units squared.
         anomalies: sum(p), sum(t), sum(a p), sum(a t), sum(a p t), sum(a p^2), sum(a t^2) with p and t less the
@@ -150,8 +150,11 @@ class Scorer:
             anomalies = _anomaly_sums(predicted - climatology, truth - climatology, weights)
             parts.append((masks @ area, squares @ masks.transpose(1, 2), anomalies))
         weight, sums, means = (torch.cat(pieces).numpy() for pieces in zip(*parts, strict=True))
-        shards = [shard.steps - self.data.hparams["predict_range"] for shard in self.data.shards[part]]
-        return Samples(np.repeat(np.arange(len(shards)), shards), weight, sums, means, int(area.numel()))
+        shards = self.data.shards[part]
+        pairs = [shard.pairs(self.data.hparams["predict_range"]) for shard in shards]
+        # shards that go on after one another are one stretch of time, in however many files it lies
+        stretch = np.cumsum([shard.repeats is None for shard in shards]) - 1
+        return Samples(np.repeat(stretch, pairs), weight, sums, means, int(area.numel()))
 
     def _observed(self, part: str) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
         """Batches of targets at initial time, targets at forecast time, and wind at initial time, in physical units."""

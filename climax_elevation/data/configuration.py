@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,6 +152,28 @@ def commands(out: Path) -> tuple[str, str]:
 
 def _runs(out: Path) -> str:
     return f"runs/{out.name}"
+
+
+def moved(text: str, source: Path, out: Path, predict_range: int | None) -> str:
+    """A configuration of prepared data, for the same data in another folder.
+
+    Args:
+        text: Its YAML, perhaps edited.
+        source, out: Where the data were, and are.
+        predict_range: Steps from input to target; None: as it is.
+    """
+    for old, new in zip((*commands(source), _runs(source)), (*commands(out), _runs(out)), strict=True):
+        text = text.replace(old, new)
+    text = re.sub(r"^(\s+root_dir: ).*$", lambda found: found[1] + _text(str(out)), text, flags=re.MULTILINE)
+    if predict_range is not None:
+        text = re.sub(r"^(\s+predict_range: )\d+", rf"\g<1>{predict_range}", text, flags=re.MULTILINE)
+        text = re.sub(
+            r"^(\s+hrs_each_step: (\d+) # lead time: )\d+ h",
+            lambda found: f"{found[1]}{predict_range * int(found[2])} h",
+            text,
+            flags=re.MULTILINE,
+        )
+    return text
 
 
 def configuration(shards: Shards) -> str:

@@ -5,7 +5,6 @@ OUT/prepare.json records the source, the options and whether all is done, so tha
 goes on where it stopped, and changes nothing once it is done.
 """
 
-import errno
 import json
 import logging
 import os
@@ -28,45 +27,17 @@ from climax_elevation.data.format import PARTITIONS, RunningStatistics
 from climax_elevation.data.grib import is_grib_error
 from climax_elevation.data.grid import Grid, is_global, read_grid, same_places
 from climax_elevation.data.names import OROGRAPHY
+from climax_elevation.data.record import COMPLETE, RECORD, RECUT, Prepared, read_record
+from climax_elevation.data.recut import is_prepared, recut
 from climax_elevation.data.source import fingerprint, open_source
 from climax_elevation.data.times import Shard, TimeAxis, plan_shards, read_times, split
 from climax_elevation.errors import InputError
-from climax_elevation.files import alone, load_npz, save_npy, save_npz
+from climax_elevation.files import FULL, alone, load_npz, save_npy, save_npz
 
 logger = logging.getLogger(__name__)
 
-RECORD = "prepare.json"
-_FORMAT = 1
-_COMPLETE = "complete"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of a disk or a quota that is full."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What `prepare` left in OUT.
-
-    Attributes:
-        out: The folder: `root_dir` in ClimaX's configuration.
-        variables: The channels, ClimaX's names.
-        shape: H and W, `img_size` in ClimaX's configuration.
-        steps: Time steps of each partition.
-        shards: Number of shards of each partition.
-        hours_per_step: Rounded, `hrs_each_step` in ClimaX's configuration; a mean, for months.
-        shards_written: How many shards this call wrote; the others were there.
-        changed: Whether this call wrote anything.
-        commands: Two lines that train on it, without the bias and with it.
-    """
-
-    out: Path
-    variables: tuple[str, ...]
-    shape: tuple[int, int]
-    steps: Mapping[str, int]
-    shards: Mapping[str, int]
-    hours_per_step: float
-    shards_written: int
-    changed: bool
-    commands: tuple[str, str]
+_FORMAT, _FORMATS = 2, (1, 2)
+"""Of the record: the first had shards that repeat nothing; one that was begun goes on as it was begun."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +65,8 @@ def prepare(
     constants: str | Path | None = None,
     val_from: str | None = None,
     test_from: str | None = None,
-    predict_range: int = 1,
-    patch_size: int = 2,
+    predict_range: int | None = None,
+    patch_size: int | None = None,
     shard_steps: int | None = None,
     processes: int = 1,
     regrid: str | None = None,
@@ -114,7 +85,9 @@ def prepare(
 
     Args:
         source: A netCDF or GRIB file, a zip archive of such, a Zarr folder, a folder of these, a pattern such as
-            `era5_*.nc`, the URL of a Zarr store that fsspec opens, or several of these.
+            `era5_*.nc`, the URL of a Zarr store that fsspec opens, or several of these. Or a folder that is prepared
+            already, whose shards are cut anew: see `recut`; of the options it takes shard_steps, processes and
+            predict_range.
         out: Folder to write. New, empty, or one that the same command began.
         variables: What to take, by ClimaX's or the source's names. None: all that ClimaX knows; the
             others are left out and named. A name that ClimaX does not know is taken as it is; one that is not on
@@ -126,12 +99,13 @@ def prepare(
         val_from: First year ("2000") or ISO date of validation.
         test_from: First year or ISO date of test. Without both, the first 80 % of the time is for
             training, the next 10 % for validation, the last for test.
-        predict_range: Steps between input and target, which every shard must outlast.
-        patch_size: Height and width are cropped to a multiple of it, last rows and columns first.
-        shard_steps: Longest shard, in steps; shards of a partition differ by one step at most. None:
-            an eighth of training, at most 256 MiB.
+        predict_range: Steps between input and target. Each shard begins with so many steps that the one before it
+            ends with, so that no boundary takes a pair. None: 1.
+        patch_size: Height and width are cropped to a multiple of it, last rows and columns first. None: 2.
+        shard_steps: Longest shard, in steps; shards of a stretch without gaps differ by one step at most. None: by the
+            amount of data, as `climax_elevation.data.times.cut` says.
         processes: Of training. Each partition gets a multiple of so many shards, since ClimaX's readers give whole
-            ones to processes and leave the rest out. Every boundary between shards takes predict_range pairs.
+            ones to processes and leave the rest out.
         regrid: "5.625", "2.8125" or "1.40625": regrid conservatively to ClimaX's global grid.
         select: Value by coordinate, of forecast runs, members and the like: `{"step": "6"}`, `{"number": "0"}`.
         every: Every how many-th step is taken.
@@ -159,6 +133,18 @@ def prepare(
     for name, value in sizes.items():
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+    sources = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
+    if any(is_prepared(Path(one)) for one in sources):
+        others: dict[str, Any] = {"variables": variables, "levels": levels, "units": units, "constants": constants}
+        others |= {"val_from": val_from, "test_from": test_from, "patch_size": patch_size, "regrid": regrid}
+        others |= {"select": select, "winds": winds, "orography": orography, "every": None if every == 1 else every}
+        others |= {"sea_level_where_missing": sea_level_where_missing}
+        without_effect = [name for name, value in others.items() if value]
+        if without_effect or len(sources) > 1:
+            what = f"the option {without_effect[0]} has no effect there" if without_effect else "name it alone"
+            raise InputError(f"{sources[0]} is prepared already, and its shards are only cut anew: {what}")
+        return recut(sources[0], out, processes=processes, shard_steps=shard_steps, predict_range=predict_range)
+    predict_range, patch_size = predict_range or 1, patch_size or 2
     options = {
         "variables": None if variables is None else list(variables),
         "levels": None if levels is None else list(levels),
@@ -181,7 +167,6 @@ def prepare(
     # recorded where they are given, so that what was begun without them goes on
     options |= {name: value for name, value in further_options.items() if value}
     out = Path(out).resolve()
-    sources = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
     with ExitStack() as stack:
         dataset = stack.enter_context(
             open_source(
@@ -201,7 +186,7 @@ def prepare(
             "constants": None if further is None else fingerprint(str(constants), further),
             "options": options,
         }
-        _check_folder(out, identity)
+        begun = _check_folder(out, identity)
         if "time" not in dataset.coords:
             has = ", ".join(map(str, dataset.coords)) or "none"
             raise InputError(f"the source has no time coordinate of dates (CF units, or WRF's Times): it has {has}")
@@ -220,7 +205,7 @@ def prepare(
             orography=orography,
             sea_level_where_missing=sea_level_where_missing,
         )
-        shards = plan_shards(
+        shards = _recorded(begun, axis) or plan_shards(
             axis,
             parts,
             shard_steps=shard_steps,
@@ -262,11 +247,17 @@ def _check_folder(out: Path, identity: Mapping[str, Any]) -> Mapping[str, Any] |
         if others:
             raise InputError(f"{out} holds other data ({others[0]}): choose a new or empty folder")
         return None
+    if RECUT in (read_record(out) or {}):
+        raise InputError(
+            f"{out} holds shards that were cut anew from prepared ones: choose another folder, or remove it"
+        )
     try:
         begun = json.loads(record.read_text())
         recorded = {key: begun[key] for key in ("format", "source", "constants", "options")}
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{record} is not a record of this command: choose a new or empty folder") from None
+    if recorded["format"] in _FORMATS:
+        recorded["format"] = identity["format"]
     if recorded != identity:
         raise InputError(f"{out} was made from {_difference(recorded, identity)}: choose another folder, or remove it")
     return dict(begun)
@@ -281,12 +272,22 @@ def _difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str
     return f"the same source with other options ({'; '.join(told)})"
 
 
+def _recorded(begun: Mapping[str, Any] | None, axis: TimeAxis) -> list[Shard]:
+    """The shards that an earlier run of the same command planned, perhaps by another rule; [] where there are none."""
+    steps = {stamp: index for index, stamp in enumerate(axis.stamps)}
+    return [
+        Shard(shard["file"], steps[shard["first"]], steps[shard["last"]] + 1, shard.get("repeats"))
+        for shard in (begun or {}).get("shards", [])
+    ]
+
+
 def _announce(plan: _Plan) -> None:
     steps = ", ".join(f"{name} {count}" for name, count in _steps(plan.shards).items())
     logger.info("variables: %s", ", ".join(plan.fields.names))
     if plan.axis.gaps:
         _tell_gaps(plan)
     logger.info("time steps: %s; one step is %g h", steps, plan.axis.hours_per_step)
+    logger.info("shards: %s", ", ".join(f"{name} {count}" for name, count in _counts(plan.shards).items()))
     logger.info(
         "in ClimaX's configuration: img_size [%d, %d], hrs_each_step %d",
         *plan.grid.shape,
@@ -301,10 +302,12 @@ def _announce(plan: _Plan) -> None:
 
 def _steps(shards: Sequence[Shard]) -> dict[str, int]:
     """Of each partition."""
-    return {
-        part: sum(shard.stop - shard.start for shard in shards if shard.file.startswith(f"{part}/"))
-        for part in PARTITIONS
-    }
+    return {part: sum(shard.own for shard in shards if shard.file.startswith(f"{part}/")) for part in PARTITIONS}
+
+
+def _counts(shards: Sequence[Shard]) -> dict[str, int]:
+    """Shards of each partition."""
+    return {part: sum(shard.file.startswith(f"{part}/") for shard in shards) for part in PARTITIONS}
 
 
 def _tell_gaps(plan: _Plan) -> None:
@@ -338,7 +341,7 @@ def _carry_out(plan: _Plan) -> Prepared:
         _discard(plan)
         raise
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise InputError(
                 f"no space left on the disk of {plan.out}: free some and repeat the command, finished shards are kept"
             ) from error
@@ -356,9 +359,7 @@ def _missing(plan: _Plan) -> list[Shard]:
 def _is_complete(plan: _Plan) -> bool:
     begun = _check_folder(plan.out, plan.identity)
     files = [plan.out / name for name in _summary_files(plan.grid)]
-    return (
-        begun is not None and begun.get("state") == _COMPLETE and not _missing(plan) and all(map(Path.is_file, files))
-    )
+    return begun is not None and begun.get("state") == COMPLETE and not _missing(plan) and all(map(Path.is_file, files))
 
 
 def _check_space(plan: _Plan) -> None:
@@ -382,7 +383,7 @@ def _write(plan: _Plan, missing: Sequence[Shard]) -> None:
         for shard in plan.shards:
             _write_shard(plan, shard, shard in missing, statistics, bar)
     _write_summary(plan, statistics)
-    _record(plan, _COMPLETE)
+    _record(plan, COMPLETE)
 
 
 def _write_shard(
@@ -396,7 +397,7 @@ def _write_shard(
         arrays = _load_shard(path) if training else {}
         bar.update(len(plan.fields.changing))
     if training:
-        statistics.update(arrays)
+        statistics.update({name: values[shard.repeats or 0 :] for name, values in arrays.items()})
 
 
 def _read_shard(plan: _Plan, shard: Shard, bar: "tqdm[NoReturn]") -> dict[str, NDArray[np.float32]]:
@@ -451,7 +452,7 @@ def _write_summary(plan: _Plan, statistics: RunningStatistics) -> None:
 
 def _configured(plan: _Plan) -> configuration.Shards:
     options, orography = plan.identity["options"], plan.fields.constant[OROGRAPHY.name]
-    training = [shard.stop - shard.start for shard in plan.shards if shard.file.startswith("train/")]
+    training = [shard for shard in plan.shards if shard.file.startswith("train/")]
     return configuration.Shards(
         out=plan.out,
         changing=[field.name for field in plan.fields.changing],
@@ -460,7 +461,7 @@ def _configured(plan: _Plan) -> configuration.Shards:
         patch_size=options["patch_size"],
         predict_range=options["predict_range"],
         hours_per_step=plan.axis.hours_per_step,
-        pairs=sum(steps - options["predict_range"] for steps in training),
+        pairs=sum(shard.own - (options["predict_range"] if shard.repeats is None else 0) for shard in training),
         step_bytes=plan.step_bytes,
         ground_m=(float(orography.min()), float(orography.max())),
     )
@@ -475,7 +476,12 @@ def _summary_files(grid: Grid) -> list[str]:
 
 def _record(plan: _Plan, state: str) -> None:
     shards = [
-        {"file": shard.file, "first": plan.axis.stamps[shard.start], "last": plan.axis.stamps[shard.stop - 1]}
+        {
+            "file": shard.file,
+            "first": plan.axis.stamps[shard.start],
+            "last": plan.axis.stamps[shard.stop - 1],
+            "repeats": shard.repeats,
+        }
         for shard in plan.shards
     ]
     content = {
@@ -514,9 +520,8 @@ def _result(plan: _Plan, *, written: int, changed: bool) -> Prepared:
         variables=plan.fields.names,
         shape=plan.grid.shape,
         steps=_steps(plan.shards),
-        shards={
-            partition: sum(shard.file.startswith(f"{partition}/") for shard in plan.shards) for partition in PARTITIONS
-        },
+        shards=_counts(plan.shards),
+        predict_range=plan.identity["options"]["predict_range"],
         hours_per_step=plan.axis.hours_per_step,
         shards_written=written,
         changed=changed,

@@ -12,12 +12,14 @@ class Share(NamedTuple):
     """What each process is given of a part of the data.
 
     Attributes:
-        part: "train", "val" or "test".
+        part: "train", "val" or "test", or "train of" one of several sources.
         shards: Files of the part.
         samples: Pairs in them.
         left_out: Pairs that no process reads in an epoch.
         fewest: Pairs of the process that has the fewest.
         batches: Batches of that process.
+        most: Batches that another process may have; 0: all have equally many.
+        drawn: Whether each process draws by itself which shards it reads.
     """
 
     part: str
@@ -26,6 +28,8 @@ class Share(NamedTuple):
     left_out: int
     fewest: int
     batches: int
+    most: int = 0
+    drawn: bool = False
 
 
 class Part(NamedTuple):

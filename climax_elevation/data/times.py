@@ -19,6 +19,14 @@ from climax_elevation.errors import InputError
 _DATE = re.compile(r"\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01])(T([01]\d|2[0-3])(:[0-5]\d(:[0-5]\d)?)?)?)?)?")
 """A date of any calendar: the 30th of February is one where every month has 30 days."""
 
+COMFORTABLE = 20
+"""Pairs of a shard, times predict_range: a twentieth more is stored than there is."""
+LEAST = 10
+"""Steps of a shard, times predict_range, however large that is."""
+MOST_SHARDS = 800
+"""Of a partition, where nobody asks for more: one for each GPU of the largest run on paper."""
+SHARD_BYTES = 2**28
+
 
 @dataclass(frozen=True)
 class TimeAxis:
@@ -39,11 +47,23 @@ class TimeAxis:
 
 @dataclass(frozen=True)
 class Shard:
-    """Steps `start` to `stop` (exclusive) of the source, and the file they go to, relative to OUT."""
+    """Steps `start` to `stop` (exclusive) of the source, and the file they go to, relative to OUT.
+
+    Attributes:
+        file: Its name, with its partition.
+        start, stop: Its steps.
+        repeats: How many of its first steps the shard before it has too; None where it goes on after none.
+    """
 
     file: str
     start: int
     stop: int
+    repeats: int | None = None
+
+    @property
+    def own(self) -> int:
+        """Number of its steps that no shard before it has."""
+        return self.stop - self.start - (self.repeats or 0)
 
 
 def dates(time: xr.DataArray) -> tuple[NDArray[Any], tuple[str, ...]]:
@@ -159,23 +179,12 @@ def plan_shards(
     step_bytes: int,
     processes: int = 1,
 ) -> list[Shard]:
-    """Cut each partition at its gaps, and what is between into shards of nearly equal length.
-
-    Each is longer than `predict_range`; what lies between two gaps and is not is left out.
-
-    ClimaX's reader pairs a step with the one `predict_range` later in the same shard, so every shard
-    loses that many pairs, and a shard that is not longer yields nothing.
+    """Cut each partition at its gaps, and what is between into shards, as `cut` does.
 
     Args:
         axis: The source's times.
         parts: Steps of each partition.
-        shard_steps: Longest shard. None: an eighth of training, so that eight readers have work
-            (ClimaX hands whole shards to workers and GPUs), but not under 20 times
-            `predict_range`, and at most 256 MiB.
-        predict_range: Steps between input and target.
-        step_bytes: Size of one step in a shard.
-        processes: Each partition gets a multiple of so many shards, so that readers which take whole ones leave none
-            of them out.
+        shard_steps, predict_range, step_bytes, processes: As `cut` has them.
 
     Returns:
         The shards in order of time.
@@ -183,52 +192,121 @@ def plan_shards(
     Raises:
         InputError: If a partition or `shard_steps` is too short for `predict_range`, or a partition for `processes`.
     """
-    if shard_steps is None:
-        comfortable = max(ceil(len(parts["train"]) / 8), 20 * predict_range)
-        shard_steps = max(min(comfortable, 2**28 // step_bytes), predict_range + 1)
-    elif shard_steps <= predict_range:
-        raise InputError(f"a shard must be longer than predict_range {predict_range}: shard_steps is {shard_steps}")
     shards = []
     for partition, steps in parts.items():
         pieces = _pieces(steps, axis.gaps)
-        usable = [piece for piece in pieces if len(piece) > predict_range]
-        if not usable:
-            pieces_have = f", in {len(pieces)} pieces without a gap" if len(pieces) > 1 else ""
-            raise InputError(
-                f"{partition} has {len(steps)} time steps{pieces_have}, too few for predict_range {predict_range}: "
-                "give it more time with val_from and test_from, or a longer source"
-            )
-        index = 0
-        counts = [min(ceil(len(piece) / shard_steps), len(piece) // (predict_range + 1)) for piece in usable]
-        _share_out(counts, usable, predict_range, processes, partition)
-        for piece, count in zip(usable, counts, strict=True):
-            bounds = [piece.start + len(piece) * number // count for number in range(count + 1)]
-            for start, stop in pairwise(bounds):
-                stamp = axis.stamps[start][:13].replace(":", "")
-                shards.append(Shard(f"{partition}/{index:05d}_{stamp}.npz", start, stop))
-                index += 1
+        stretches = cut(
+            partition,
+            pieces,
+            shard_steps=shard_steps,
+            predict_range=predict_range,
+            step_bytes=step_bytes,
+            processes=processes,
+        )
+        for index, (start, stop, repeats) in enumerate(stretches):
+            stamp = axis.stamps[start][:13].replace(":", "")
+            shards.append(Shard(f"{partition}/{index:05d}_{stamp}.npz", start, stop, repeats))
     return shards
 
 
-def _share_out(counts: list[int], pieces: Sequence[range], predict_range: int, processes: int, partition: str) -> None:
-    """Raise the numbers of shards, those of the longest shards first, until `processes` divides their sum."""
-    most = [len(piece) // (predict_range + 1) for piece in pieces]
-    wanted = ceil(sum(counts) / processes) * processes
-    if wanted > sum(most):
-        wanted = sum(most) // processes * processes
-    if wanted < len(pieces):  # a shard never crosses a gap
-        gaps = f" in {len(pieces)} pieces without a gap" if len(pieces) > 1 else ""
+def cut(
+    partition: str,
+    pieces: Sequence[range],
+    *,
+    shard_steps: int | None,
+    predict_range: int,
+    step_bytes: int,
+    processes: int = 1,
+) -> list[tuple[int, int, int | None]]:
+    """Cut what lies between gaps into shards that hold all its pairs, each nearly as many as the others.
+
+    ClimaX's reader pairs a step with the one `predict_range` later in the same shard. So each shard begins with the
+    `predict_range` steps that the one before it ends with, and no boundary takes a pair. A piece that is not longer
+    than `predict_range` has none, and is left out.
+
+    Args:
+        partition: Its name.
+        pieces: Steps without a gap.
+        shard_steps: Longest shard. None: as many shards as have `COMFORTABLE` times `predict_range` pairs, up to
+            `MOST_SHARDS`, in a number that 8, or else 4 or 2, divides; but more where one would be larger than
+            `SHARD_BYTES` and longer than `LEAST` times `predict_range`.
+        predict_range: Steps between input and target.
+        step_bytes: Size of one step in a shard.
+        processes: Divides the number of shards, so that readers which take whole ones leave none of them out. Above 1
+            the shards of a piece are exactly as long as one another, so that such readers make equally many batches:
+            of some pairs two shards next to each other have both.
+
+    Returns:
+        First step, end and `repeats` of each shard, in order.
+
+    Raises:
+        InputError: If pieces or `shard_steps` are too short for `predict_range`, or pieces for `processes`.
+    """
+    if shard_steps is not None and shard_steps <= predict_range:
+        raise InputError(f"a shard must be longer than predict_range {predict_range}: shard_steps is {shard_steps}")
+    usable = [piece for piece in pieces if len(piece) > predict_range]
+    if not usable:
+        pieces_have = f", in {len(pieces)} pieces without a gap" if len(pieces) > 1 else ""
         raise InputError(
-            f"{partition} has {sum(map(len, pieces))} time steps{gaps}, which make {len(pieces)} to {sum(most)} shards "
-            f"longer than predict_range {predict_range}, and no multiple of {processes}: use fewer processes, or give "
-            "it more time with val_from and test_from"
+            f"{partition} has {sum(map(len, pieces))} time steps{pieces_have}, too few for predict_range "
+            f"{predict_range}: give it more time with val_from and test_from, or a longer source"
         )
-    while sum(counts) != wanted:
-        growing = sum(counts) < wanted
-        lengths = [len(piece) / count for piece, count in zip(pieces, counts, strict=True)]
-        open_to = [index for index, count in enumerate(counts) if (count < most[index] if growing else count > 1)]
-        chosen = (max if growing else min)(open_to, key=lambda index: lengths[index])
-        counts[chosen] += 1 if growing else -1
+    pairs = [len(piece) - predict_range for piece in usable]
+    longest = shard_steps or max(SHARD_BYTES // step_bytes, LEAST * predict_range, predict_range + 1)
+    counts = [ceil(number / (longest - predict_range)) for number in pairs]
+    wanted = sum(counts)
+    if shard_steps is None:
+        wanted = max(wanted, min(MOST_SHARDS, sum(pairs) // (COMFORTABLE * predict_range)))
+        wanted = _well_divisible(wanted, sum(counts))
+    _share_out(counts, pairs, ceil(wanted / processes) * processes, processes, partition, predict_range)
+    stretches: list[tuple[int, int, int | None]] = []
+    for piece, number, count in zip(usable, pairs, counts, strict=True):
+        starts = [number * index // count for index in range(count)]
+        stops = [*starts[1:], number]
+        if processes > 1 and count > 1:  # exactly as long as one another
+            each = ceil(number / count)
+            starts = [(number - each) * index // (count - 1) for index in range(count)]
+            stops = [start + each for start in starts]
+        before: int | None = None
+        for start, stop in zip(starts, stops, strict=True):
+            repeats = None if before is None else before - start
+            before = stop + predict_range
+            stretches.append((piece.start + start, piece.start + before, repeats))
+    return stretches
+
+
+def _well_divisible(wanted: int, least: int) -> int:
+    """The largest number up to `wanted` that 8 divides, or else 4 or 2; where that is under `least`, above it."""
+    if wanted >= 8:
+        return max(wanted // 8, ceil(least / 8)) * 8
+    return next((divisor for divisor in (4, 2) if max(least, divisor) == divisor <= wanted), wanted)
+
+
+def _share_out(
+    counts: list[int], pairs: Sequence[int], wanted: int, processes: int, partition: str, predict_range: int
+) -> None:
+    """Change the numbers of shards until their sum is `wanted`, the pieces of the largest shards first.
+
+    Args:
+        counts: Of shards of each piece, changed in place.
+        pairs: Of each piece: no shard is without one.
+        wanted: A multiple of `processes`; it is lowered to one where there are not so many pairs.
+        processes, partition, predict_range: For the sentence.
+    """
+    if wanted > sum(pairs):
+        wanted = sum(pairs) // processes * processes
+    if wanted < len(pairs):  # a shard never crosses a gap
+        gaps = f" in {len(pairs)} pieces without a gap" if len(pairs) > 1 else ""
+        raise InputError(
+            f"{partition} has {sum(pairs)} pairs of fields {predict_range} steps apart{gaps}, which make {len(pairs)} "
+            f"to {sum(pairs)} shards, and no multiple of {processes}: use fewer processes, or give it more time with "
+            "val_from and test_from"
+        )
+    change = 1 if sum(counts) < wanted else -1
+    for _ in range(abs(wanted - sum(counts))):
+        open_to = [i for i, count in enumerate(counts) if (count < pairs[i] if change > 0 else count > 1)]
+        chosen = (max if change > 0 else min)(open_to, key=lambda index: pairs[index] / counts[index])
+        counts[chosen] += change
 
 
 def _pieces(steps: range, gaps: tuple[int, ...]) -> list[range]:

@@ -28,7 +28,7 @@ from climax_elevation.data.names import (
     find_variable,
 )
 from climax_elevation.data.optional import require
-from climax_elevation.data.prepare import RECORD
+from climax_elevation.data.record import RECORD
 from climax_elevation.data.source import open_source
 from climax_elevation.data.times import dates
 from climax_elevation.errors import InputError

@@ -123,7 +123,7 @@ class ResumableLoader(Loader):
 
     def _read(self) -> dict[str, Any]:
         dataset = self.dataset
-        shards = repr([(shard.path.name, shard.steps - dataset.predict_range) for shard in dataset.shards])
+        shards = repr([(shard.path.name, shard.pairs(dataset.predict_range)) for shard in dataset.shards])
         return {
             "seed": dataset.seed,
             "processes": dataset.world_size,

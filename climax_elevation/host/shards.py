@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from climax_elevation.data.format import PARTITIONS
+from climax_elevation.data.record import repeats
 from climax_elevation.data.shares import Part, Share, batches_a_process, split, stretch
 from climax_elevation.errors import InputError
 from climax_elevation.files import (
@@ -69,11 +70,21 @@ class Shard:
         path: Where it is.
         steps: Number of time steps, N.
         size: Height and width, pixels.
+        repeats: How many of its first steps the shard before it has too; None where it goes on after none.
     """
 
     path: Path
     steps: int
     size: tuple[int, int]
+    repeats: int | None = None
+
+    def first(self, predict_range: int) -> int:
+        """The first step whose pair the shard before it does not have."""
+        return max(0, (self.repeats or 0) - predict_range)
+
+    def pairs(self, predict_range: int) -> int:
+        """Number of pairs that the shard before it does not have."""
+        return self.steps - predict_range - self.first(predict_range)
 
 
 class ForecastDataset(IterableDataset[Sample | None]):
@@ -123,7 +134,7 @@ class ForecastDataset(IterableDataset[Sample | None]):
 
     def total(self) -> int:
         """Number of pairs in all shards."""
-        return sum(shard.steps - self.predict_range for shard in self.shards)
+        return sum(shard.pairs(self.predict_range) for shard in self.shards)
 
     def __iter__(self) -> Iterator[Sample | None]:
         worker = get_worker_info()
@@ -156,7 +167,7 @@ class ForecastDataset(IterableDataset[Sample | None]):
         """Pairs number `start` to `stop` of the sequence of all; None, and not read, for those `without`."""
         first = 0
         for shard in shards:
-            pairs = shard.steps - self.predict_range
+            pairs = shard.pairs(self.predict_range)
             begin, end = max(start - first, 0), min(stop - first, pairs)
             if begin < end:
                 wanted = [first + number not in without for number in range(begin, end)]
@@ -167,7 +178,7 @@ class ForecastDataset(IterableDataset[Sample | None]):
         names = dict.fromkeys([*self.variables, *self.out_variables])
         arrays = load_npz(shard.path, "prepare it again", names)
         fields = {name: torch.from_numpy(values.astype(np.float32, copy=False)) for name, values in arrays.items()}
-        for i, is_wanted in enumerate(wanted, begin):
+        for i, is_wanted in enumerate(wanted, begin + shard.first(self.predict_range)):
             if not is_wanted:
                 yield None
                 continue
@@ -342,14 +353,18 @@ class GlobalForecastDataModule(LightningDataModule):
             batch_size=batch_size,
             num_workers=self.hparams["num_workers"],
             pin_memory=self.hparams["pin_memory"],
-            collate_fn=_collate,
+            collate_fn=partial(_collate, beside=self._beside()),
         )
 
+    def _beside(self) -> tuple[Any, ...]:
+        """What else a batch holds, at its end."""
+        return ()
 
-def _collate(given: Sequence[Sample | None]) -> tuple[Tensor, Tensor, Tensor, list[str], list[str]]:
+
+def _collate(given: Sequence[Sample | None], beside: tuple[Any, ...]) -> tuple[Any, ...]:
     samples = [sample for sample in given if sample is not None]
     x, y, lead_times = (torch.stack([sample[i] for sample in samples]) for i in range(3))  # type: ignore[misc]
-    return x, y, lead_times, list(samples[0][3]), list(samples[0][4])
+    return x, y, lead_times, list(samples[0][3]), list(samples[0][4]), *beside
 
 
 def _shuffled(samples: Iterator[Drawn], buffer_size: int, random: np.random.Generator) -> Iterator[Drawn]:
@@ -370,7 +385,8 @@ def _find_shards(folder: Path, needed: Sequence[str], predict_range: int) -> lis
     paths = sorted(path for path in folder.glob("*.npz") if "climatology" not in path.name)
     if not paths:
         raise InputError(f"{folder} has no shard (*.npz): prepare data into {folder.parent}, or mend data.root_dir")
-    shards = [_inspect(path, needed) for path in paths]
+    common = repeats(folder.parent)
+    shards = [_inspect(path, needed, common.get(f"{folder.name}/{path.name}")) for path in paths]
     for shard in shards:
         if shard.steps <= predict_range:
             raise InputError(
@@ -380,13 +396,13 @@ def _find_shards(folder: Path, needed: Sequence[str], predict_range: int) -> lis
     return shards
 
 
-def _inspect(path: Path, needed: Sequence[str]) -> Shard:
+def _inspect(path: Path, needed: Sequence[str], common: int | None) -> Shard:
     """Read what a shard holds from its headers alone."""
     shapes = npz_shapes(path, "prepare it again", needed)
     shape = shapes[needed[0]]
     if len(shape) != 4 or shape[1] != 1 or any(other != shape for other in shapes.values()):
         raise InputError(f"{path} has arrays [time, 1, height, width] of one size, not {shapes}")
-    return Shard(path, shape[0], (shape[2], shape[3]))
+    return Shard(path, shape[0], (shape[2], shape[3]), common)
 
 
 def _check_sizes(root: Path, shards: dict[str, list[Shard]], lat: NDArray[Any], lon: NDArray[Any]) -> None:

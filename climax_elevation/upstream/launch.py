@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from functools import partial, partialmethod
+from functools import partialmethod
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,21 +17,30 @@ from climax_elevation.upstream.config import Modernized
 from climax_elevation.upstream.lightning import PretrainingCLI, TrainingCLI
 from climax_elevation.upstream.locate import Source
 from climax_elevation.upstream.overlay import importable, overlay
+from climax_elevation.upstream.regions import with_regions
 
 FORECASTING = ("GlobalForecastModule", "RegionalForecastModule")
+READ_ALIKE = ("global_forecast", "regional_forecast")
+READ_OTHERWISE = {
+    "climate_projection": "yearly files of simulations, which Lightning shares out by itself",
+    "pretrain": "one source a node, with a lead time drawn for each sample",
+}
 
 
-def train_upstream(module: str, source: Source, given: Modernized) -> None:
+def train_upstream(module: str, source: Source, given: Modernized, reader: type[Any] | None = None) -> None:
     """Train and, where upstream's script does, test.
 
     Args:
         module: Which of upstream's training scripts.
         source: Where ClimaX is.
         given: What the script is called with.
+        reader: A data module for global forecasting, in the place of the script's own; None: that one.
 
     Raises:
-        InputError: If the script cannot be imported, or is another.
+        InputError: If the script cannot be imported, or is another, or takes other data than `reader` has.
     """
+    if reader is not None and module not in READ_ALIKE:
+        raise InputError(f"{module} reads other data than the plugin's reader, {READ_OTHERWISE[module]}: leave it out")
     with overlay(source, patched=True) as folder, importable(folder):
         try:
             script = importlib.import_module(f"climax.{module}.train")
@@ -47,7 +56,13 @@ def train_upstream(module: str, source: Source, given: Modernized) -> None:
                 # upstream's own takes weights of variables by number, and drops positions of other shapes of grids
                 getattr(script, name).load_pretrained_weights = partialmethod(load_pretrained, trusted=True)
         cli: type[TrainingCLI] = PretrainingCLI if module == "pretrain" else TrainingCLI
-        setattr(script, called[0], partial(cli, arguments=given.arguments, resume=given.resume))
+        own: dict[str, Any] = {"arguments": given.arguments, "resume": given.resume}
+        if reader is not None:
+            is_regional = module == "regional_forecast"
+            own["datamodule_class"] = (
+                with_regions(reader, importlib.import_module("climax.utils.data_utils")) if is_regional else reader
+            )
+        setattr(script, called[0], lambda **options: cli(**options | own))
         script.main()
 
 

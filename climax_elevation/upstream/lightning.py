@@ -31,7 +31,7 @@ from climax_elevation.health import StopNotFinite, check_statistics
 from climax_elevation.training import TerrainCallback, check_datamodule
 from climax_elevation.upstream.plan import stop_at_plan
 from climax_elevation.upstream.resuming import GoOn, best_checkpoint
-from climax_elevation.upstream.schedule import announced, check_shares, check_validation, count_shares
+from climax_elevation.upstream.schedule import announced, check_equal, check_shares, check_validation, count_shares
 from climax_elevation.upstream.settings import check_settings
 
 logger = logging.getLogger(__name__)
@@ -150,10 +150,14 @@ class TrainingCLI(LightningCLI):
         """Before anything starts, that every process has something to do, and what comes of it."""
         trainer: Any = self.trainer
         processes = trainer.num_nodes * trainer.num_devices
-        shares = count_shares(self.datamodule, processes)
+        shares = count_shares(self.datamodule, processes, trainer.num_nodes)
         batch_size: Any = getattr(self.datamodule.hparams, "batch_size", 1)
         if shares:
-            check_shares(shares, processes, getattr(self.datamodule.hparams, "num_workers", 0))
+            workers = getattr(self.datamodule.hparams, "num_workers", 0)
+            sharing = hasattr(self.datamodule, "lister_train")
+            check_shares(shares, processes, workers, sharing=sharing)
+            if processes > 1:
+                check_equal(trainer, shares, processes, workers, sharing=sharing)
             check_validation(trainer, shares[0].batches)
         stop_at_plan(trainer, self.model, self.datamodule, shares, processes)
         for line in announced(trainer, shares, processes, batch_size):

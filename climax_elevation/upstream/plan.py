@@ -53,6 +53,7 @@ def _lines(trainer: Any, module: nn.Module, datamodule: Any, shares: Sequence[Sh
     yield f"host: {type(net).__module__}.{type(net).__qualname__}"
     blocks = [(index, block) for index, block in enumerate(net.blocks) if isinstance(block, TerrainBlock)]
     yield f"bias: {_bias(net, blocks, tokens)}"
+    yield f"reader: {'the plugin' if hasattr(datamodule, 'shares') else 'ClimaX'}'s {type(datamodule).__name__}"
     yield (
         f"processes: {processes} ({trainer.num_nodes} nodes of {trainer.num_devices}), "
         f"{type(trainer.strategy).__name__}, {type(trainer.accelerator).__name__}"

@@ -16,50 +16,139 @@ from climax_elevation.errors import InputError
 from climax_elevation.files import npz_shapes
 
 
-def count_shares(datamodule: Any, processes: int) -> list[Share]:
+def count_shares(datamodule: Any, processes: int, nodes: int = 1) -> list[Share]:
     """What each process is given of each part; []: the data module is none that this knows.
 
     Args:
-        datamodule: The plugin's own, or one of upstream's for global or regional forecasting.
+        datamodule: The plugin's own, or one of upstream's for forecasting or pretraining.
         processes: All of the run.
+        nodes: Their machines, of which pretraining gives each a source of data.
     """
     if hasattr(datamodule, "shares"):
         return datamodule.shares(processes)
+    if hasattr(datamodule, "dict_lister_trains"):
+        return list(_of_pretraining(datamodule, processes // nodes))
     if not all(hasattr(datamodule, f"lister_{part}") for part in PARTITIONS):
         return []
-    return [_of_upstream(datamodule, part, processes) for part in PARTITIONS]
+    settings = datamodule.hparams
+    readers = processes, settings["num_workers"], settings["batch_size"]
+    return [
+        _of_upstream(
+            part, _pairs(paths, settings["variables"], settings["predict_range"]), *readers, drawn=part == "train"
+        )
+        for part, paths in ((part, getattr(datamodule, f"lister_{part}")) for part in PARTITIONS)
+    ]
 
 
-def _of_upstream(datamodule: Any, part: str, processes: int) -> Share:
-    """Upstream's reader gives workers whole shards, equally many, and without workers all shards to every process."""
-    paths = [path for path in getattr(datamodule, f"lister_{part}") if "climatology" not in str(path)]
-    variable, predict_range = datamodule.hparams["variables"][0], datamodule.hparams["predict_range"]
-    pairs = sorted(_pairs(Path(path), variable, predict_range) for path in paths)
-    workers, batch_size = datamodule.hparams["num_workers"], datamodule.hparams["batch_size"]
+def _of_pretraining(datamodule: Any, processes: int) -> Iterator[Share]:
+    """Of each source, which the processes of one node read; a batch that is not full is left out."""
+    settings = datamodule.hparams
+    for name, paths in datamodule.dict_lister_trains.items():
+        ends = (int(settings[f"dict_{end}_idx"][name] * len(paths)) for end in ("start", "end"))
+        pairs = _pairs(
+            paths[slice(*ends)], settings["dict_in_variables"][name], settings["dict_max_predict_ranges"][name]
+        )
+        part = "train" if len(datamodule.dict_lister_trains) == 1 else f"train of {name}"
+        readers = processes, settings["num_workers"], settings["batch_size"]
+        yield _of_upstream(part, pairs, *readers, drawn=True, whole_batches=True)
+
+
+def _of_upstream(
+    part: str,
+    pairs: list[int],
+    processes: int,
+    workers: int,
+    batch_size: int,
+    *,
+    drawn: bool,
+    whole_batches: bool = False,
+) -> Share:
+    """Upstream's reader gives workers whole shards, equally many, and without workers all shards to every process.
+
+    Which ones each process has of training, it draws anew each epoch from random numbers of its own.
+
+    Args:
+        part: Its name.
+        pairs: Of each shard, in the reader's order.
+        processes, workers: That share them.
+        batch_size: Of a worker's batches.
+        drawn: Whether shards are in another order for each process.
+        whole_batches: Whether a batch that is not full is left out.
+    """
+
+    def batches(samples: int) -> int:
+        return samples // batch_size if whole_batches else ceil(samples / batch_size)
+
     if not workers:
-        return Share(part, len(paths), sum(pairs), 0, sum(pairs), ceil(sum(pairs) / batch_size))
-    each = len(paths) // (processes * workers)
-    left_out = sum(pairs[: len(paths) - each * processes * workers])
-    fewest = pairs[: each * workers]
-    batches = sum(ceil(sum(fewest[worker::workers]) / batch_size) for worker in range(workers))
-    return Share(part, len(paths), sum(pairs), left_out, sum(fewest), batches)
+        return Share(part, len(pairs), sum(pairs), 0, sum(pairs), batches(sum(pairs)))
+    each = len(pairs) // (processes * workers)
+    read = each * processes * workers
+    if not drawn:
+        by_worker = [sum(pairs[at : at + each]) for at in range(0, read, each or 1)]
+        by_process = [by_worker[at : at + workers] for at in range(0, len(by_worker), workers)] or [[0]]
+        counts = [sum(map(batches, shares)) for shares in by_process]
+        fewest, least = min(map(sum, by_process)), min(counts)
+        return Share(part, len(pairs), sum(pairs), sum(pairs[read:]), fewest, least, _unless_equal(max(counts), least))
+    ordered = sorted(pairs)
+    fewest, largest = (sum(some) for some in (ordered[: each * workers], ordered[len(pairs) - each * workers :]))
+    least, most = batches(fewest), batches(largest)
+    if workers > 1:
+        # a worker's last batch may be smaller: how many there are depends on which shards it has
+        alike = ordered[:1] == ordered[-1:]
+        least, most = (workers * batches(each * ordered[0]),) * 2 if alike else (least, most + workers - 1)
+        if whole_batches and not alike:
+            least, most = max(0, least - workers + 1), most - workers + 1
+    left_out = sum(ordered[: len(pairs) - read])
+    return Share(part, len(pairs), sum(pairs), left_out, fewest, least, _unless_equal(most, least), processes > 1)
 
 
-def _pairs(path: Path, variable: str, predict_range: int) -> int:
+def _unless_equal(most: int, least: int) -> int:
+    return 0 if most == least else most
+
+
+def _pairs(paths: Sequence[str | Path], variables: Sequence[str], predict_range: int) -> list[int]:
     # of one header a shard: every process looks at all shards
-    return max(0, npz_shapes(path, "prepare it again", [variable])[variable][0] - predict_range)
+    shards = (Path(path) for path in paths if "climatology" not in str(path))
+    shapes = (npz_shapes(path, "prepare it again", variables[:1]) for path in shards)
+    return [max(0, shape[variables[0]][0] - predict_range) for shape in shapes]
 
 
-def check_shares(shares: Sequence[Share], processes: int, workers: int) -> None:
-    """Raise InputError unless every process has something to read of every part."""
+def check_shares(shares: Sequence[Share], processes: int, workers: int, *, sharing: bool = False) -> None:
+    """Raise InputError unless every process has something to read of every part.
+
+    Args:
+        shares: Of each part.
+        processes, workers: That share them.
+        sharing: Whether the plugin's reader can take the place of the one that there is.
+    """
     for share in shares:
+        if share.samples < processes:
+            raise InputError(
+                f"{share.part} has {share.samples} samples, and {processes} processes would share them: use fewer "
+                "processes, or give it more time"
+            )
         if not share.fewest:
             readers = processes * max(1, workers)
             raise InputError(
                 f"{share.part} has {share.shards} shards, and {processes} processes of {max(1, workers)} readers each "
-                f"take whole ones: make {readers} or more (climax-elevation prepare --processes {processes}), or use "
-                "fewer processes or workers"
+                f"take whole ones: make {readers} or more (climax-elevation prepare --processes {readers}), "
+                f"{'read with --reader plugin, ' if sharing else ''}or use fewer processes or workers"
             )
+
+
+def check_equal(trainer: Trainer, shares: Sequence[Share], processes: int, workers: int, *, sharing: bool) -> None:
+    """Raise InputError where a process may wait for ever for another, which has no further batch of training."""
+    for share in shares:
+        fewest, most = (_limited(trainer.limit_train_batches, count) for count in (share.batches, share.most))
+        ends_before = 0 < trainer.max_steps * trainer.accumulate_grad_batches <= fewest
+        if not share.part.startswith("train") or not share.most or fewest == most or ends_before:
+            continue
+        other = "read with --reader plugin, or " if sharing else ""
+        raise InputError(
+            f"{share.part}: its shards differ in length, so that ClimaX's reader may give one process {fewest} batches "
+            f"of an epoch, and another up to {most}, which would wait for it for ever: {other}cut them alike "
+            f"(climax-elevation prepare PREPARED OUT --processes {processes * max(1, workers)})"
+        )
 
 
 def steps_an_epoch(trainer: Trainer, batches: int) -> int:
@@ -123,6 +212,8 @@ def announced(trainer: Trainer, shares: Sequence[Share], processes: int, batch_s
         rest = f"; {share.left_out} are left out of an epoch" if share.left_out else ""
         if processes > 1 and share.fewest == share.samples:
             rest = "; every process reads all of them, which data.num_workers: 1 mends"
+        if share.drawn:
+            rest += "; each process draws its shards by itself, some of them twice an epoch and others not at all"
         yield (
             f"{share.part}: {share.samples} samples in {share.shards} shards, {share.fewest} a process, "
             f"{share.batches} batches{rest}"
