@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from climax_elevation.errors import InputError
 
@@ -74,3 +75,24 @@ def text(name: str, value: str) -> str:
     if not isinstance(value, str) or not value:
         raise InputError(f"{name} is a text, and not empty, not {value!r}")
     return value
+
+
+def acting(given: Mapping[str, Any], usual: Mapping[str, Any], acts_with: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise InputError for an option that was set, and that nothing reads with the values of the others.
+
+    Args:
+        given: All options by name, each of its kind.
+        usual: Their defaults; what is the default was not set.
+        acts_with: For an option that does not always act, the values of others with which it does.
+    """
+    for name, wanted in acts_with.items():
+        for other, value in wanted.items():
+            if given[name] != usual[name] and given[other] != value:
+                raise InputError(
+                    f"{name} has an effect with {other}: {_as_yaml(value)} alone, and {other} is "
+                    f"{_as_yaml(given[other])}: leave {name} out, or set {other}: {_as_yaml(value)}"
+                )
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

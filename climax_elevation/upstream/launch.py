@@ -47,7 +47,9 @@ def train_upstream(module: str, source: Source, given: Modernized) -> None:
                 # upstream's own takes weights of variables by number, and drops positions of other shapes of grids
                 getattr(script, name).load_pretrained_weights = partialmethod(load_pretrained, trusted=True)
         cli: type[TrainingCLI] = PretrainingCLI if module == "pretrain" else TrainingCLI
-        setattr(script, called[0], partial(cli, arguments=given.arguments, resume=given.resume))
+        setattr(
+            script, called[0], partial(cli, arguments=given.arguments, resume=given.resume, bias_args=given.bias_args)
+        )
         script.main()
 
 

@@ -29,10 +29,12 @@ from climax_elevation.errors import InputError
 from climax_elevation.files import check_folder
 from climax_elevation.health import StopNotFinite, check_statistics
 from climax_elevation.training import TerrainCallback, check_datamodule
+from climax_elevation.upstream.config import BIAS_ARGS, with_entries
 from climax_elevation.upstream.plan import stop_at_plan
 from climax_elevation.upstream.resuming import GoOn, best_checkpoint
 from climax_elevation.upstream.schedule import announced, check_shares, check_validation, count_shares
 from climax_elevation.upstream.settings import check_settings
+from climax_elevation.upstream.unused import look_for_unused
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +78,16 @@ class TrainingCLI(LightningCLI):
         arguments: In the place of `sys.argv[1:]`.
         resume: Checkpoint that `fit` goes on from, or None; may refer to the configuration, as in
             `${trainer.default_root_dir}/last.ckpt`.
+        bias_args: By name, with dots for a part of a sum, what is to change of the network's `bias_args`; likewise.
         options: LightningCLI's.
     """
 
-    def __init__(self, *, arguments: list[str], resume: str | None, **options: Any) -> None:
+    def __init__(
+        self, *, arguments: list[str], resume: str | None, bias_args: Mapping[str, Any], **options: Any
+    ) -> None:
         self._arguments = arguments
         self._resume = resume
+        self._bias_args = bias_args
         with configuration_errors():
             super().__init__(**options)
 
@@ -95,6 +101,10 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(self._arguments)
+        if self._bias_args:
+            if BIAS_ARGS not in self.config:
+                raise InputError(f"{BIAS_ARGS} is set, and model.net has no such argument: leave it out")
+            self.config[BIAS_ARGS] = self._resolved(BIAS_ARGS, with_entries(self.config[BIAS_ARGS], self._bias_args))
         check_settings(self.config.as_dict())
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -124,6 +134,13 @@ class TrainingCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         write_whole(self.trainer.strategy)
+        unread = look_for_unused(self.trainer.strategy, self.model, self.datamodule)
+        if unread:
+            say(
+                "ddp looks for parameters without a use in each step, as Lightning 1.8's did: the network embeds %s, "
+                "which not all data have",
+                ", ".join(unread),
+            )
         ours = [EndTogether(), GoOn(), *([] if self._allow_nan else [StopNotFinite()])]
         self.trainer.callbacks[:0] = ours  # type: ignore[attr-defined] # before those that save
         if self._resume is not None:
@@ -154,7 +171,7 @@ class TrainingCLI(LightningCLI):
         batch_size: Any = getattr(self.datamodule.hparams, "batch_size", 1)
         if shares:
             check_shares(shares, processes, getattr(self.datamodule.hparams, "num_workers", 0))
-            check_validation(trainer, shares[0].batches)
+            check_validation(trainer, shares[0].batches, counted=hasattr(self.datamodule, "shares"))
         stop_at_plan(trainer, self.model, self.datamodule, shares, processes)
         for line in announced(trainer, shares, processes, batch_size):
             say("%s", line)
@@ -168,10 +185,15 @@ class TrainingCLI(LightningCLI):
                 if isinstance(folder, str | os.PathLike):
                     check_folder(f"{name} of {type(part).__name__}", Path(folder))
 
+    def _resolved(self, key: str, written: Any) -> Any:
+        """What is written for a key, with what it refers to of the configuration."""
+        config = OmegaConf.create(self.parser.dump(self.config, skip_none=False, skip_validation=True))
+        OmegaConf.update(config, key, written, merge=False)
+        found = OmegaConf.select(config, key)
+        return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+
     def _checkpoint(self, key: str, written: str) -> str:
-        config = OmegaConf.create(self.parser.dump(self.config, skip_none=False))
-        config.ckpt_path = written
-        path = str(config.ckpt_path)
+        path = str(self._resolved("ckpt_path", written))
         if path == "best":
             return best_checkpoint(self.trainer)
         if "://" in path or path in KEYWORDS or path.startswith("registry"):
