@@ -308,6 +308,11 @@ def _with_whole_names(test: Callable[..., Any], trainer: Trainer) -> Callable[..
 
     @functools.wraps(test)
     def run(*positional: Any, **named: Any) -> Any:
+        kept: Any = trainer.checkpoint_callback
+        if named.get("ckpt_path") == "best" and kept is not None and not kept.best_model_path:
+            # the run went on, in an epoch that began anew, for less than it took to the first validation
+            say("no validation came before the end, so no checkpoint is the best: the weights of the end are tested")
+            named["ckpt_path"] = None
         results = test(*positional, **{"verbose": False} | named)
         if trainer.is_global_zero and "verbose" not in named:
             print(scores_table(results))
