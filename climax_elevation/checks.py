@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from climax_elevation.errors import InputError
 
+LARGEST = 3.4028234663852886e38  # of float32, in which weights are
+SMALLEST = 1.1754943508222875e-38  # above 0, of the same
+MOST = 2**63 - 1
+
 
 def finite(name: str, value: float) -> float:
-    """`value` as a float; InputError unless it is a finite number."""
-    try:
-        known = not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds
-        known = False
-    if not known:
-        raise InputError(f"{name} is a finite number, not {value!r}")
+    """`value` as a float; InputError unless it is a finite number, in float32 too."""
+    known = not isinstance(value, bool) and isinstance(value, int | float)
+    if not known or not abs(value) <= LARGEST:
+        of_float32 = " of float32, up to 3.4e38" if known and LARGEST < abs(value) < float("inf") else ""
+        raise InputError(f"{name} is a finite number{of_float32}, not {value!r}")
     return float(value)
 
 
 def positive(name: str, value: float, unit: str) -> float:
-    """`value` as a float; InputError unless it is a finite number above 0."""
-    if not finite(name, value) > 0:
+    """`value` as a float; InputError unless it is a finite number above 0, in float32 too."""
+    if not finite(name, value) >= SMALLEST:
         raise InputError(f"{name} is a number of {unit} above 0, not {value!r}")
     return float(value)
 
@@ -52,6 +53,8 @@ def count(name: str, value: int) -> int:
     """`value`; InputError unless it is a whole number of 1 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name} is a whole number of 1 or more, not {value!r}")
+    if value > MOST:
+        raise InputError(f"{name} is a whole number of 64 bits, up to {MOST}, not {value!r}")
     return value
 
 

@@ -42,6 +42,7 @@ OWN, LIGHTNING = "climax_elevation", ("pytorch_lightning", "lightning_fabric")
 # what the parser says, and how it is said here
 NOISE = {
     r"- Expected a path but \S+ either not accessible or invalid - ": "",
+    r" ?\(?Exception raised from .*": "",  # and where in torch
     r"Not a valid subclass of (\w+).*": r"Expected a \1",
 }
 UNION = (
@@ -59,6 +60,7 @@ PHRASES: dict[str, Any] = {
     r"\. Got value: ": ", got ",
     "Option '(\\w+)' is not accepted": r"there is no option '\1'",
 }
+OVERFLOW = "value cannot be converted to type"
 KEYWORDS = ("best", "last", "hpc")  # that Lightning takes for a checkpoint's path
 
 
@@ -267,6 +269,11 @@ def training_errors() -> Iterator[None]:
         if "loading state_dict" in str(error):
             raise InputError(
                 f"the checkpoint is of another model, perhaps with other terrain settings: {_line(error)}"
+            ) from error
+        if OVERFLOW in str(error):  # of what an optimiser makes of its settings
+            raise InputError(
+                "a step of the optimiser is larger than the type of the weights can hold: lower model.lr, "
+                "model.weight_decay or lr_factor of TerrainCallback"
             ) from error
         if _raised_in(error) not in LIGHTNING:
             raise
