@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -17,15 +17,13 @@ from climax_elevation.bias import ElevationBias, PhysicsBias, build_bias
 from climax_elevation.bias.build import check_arguments
 from climax_elevation.block import PhysicsGuidedBlockCorrected, TerrainBlock, check_host_block
 from climax_elevation.errors import InputError
-from climax_elevation.options import AttachOptions, check_blocks
+from climax_elevation.options import WIND_FIELDS, AttachOptions, check_blocks
 from climax_elevation.seam import TerrainSeam
 from climax_elevation.terrain.elevation_file import read_elevation_file
 from climax_elevation.terrain.reader import TerrainReader
 from climax_elevation.terrain.stats_dir import read_folder
 
 logger = logging.getLogger(__name__)
-
-WIND_FIELDS = {"u", "v", "speed"}
 
 
 class Host(nn.Module):
@@ -82,6 +80,7 @@ def attach(model: nn.Module, bias_type: str = "physics", **arguments: Any) -> No
     grid = (host_model.img_size[0] // host_model.patch_size, host_model.img_size[1] // host_model.patch_size)
     biases = {index: built_bias(bias_type, host, grid, arguments) for index, host in hosts.items()}
     needs_wind = options.patch_order != "raster" or any(bias.needs & WIND_FIELDS for bias in biases.values())
+    options.check_read(bias_type, _read_by(biases.values(), WIND_FIELDS if needs_wind else frozenset()))
     needs_land = any("land" in bias.needs for bias in biases.values())
     seam = _seam(host_model, options, needs_wind, needs_land).to(next(model.parameters()).device)
     _check_variables(host_model.default_vars, seam, options.elevation_file)
@@ -185,6 +184,12 @@ def _seam(model: Host, options: AttachOptions, needs_wind: bool, needs_land: boo
         control_seed=options.control_seed,
         land_variable=options.land_variable if needs_land else None,
     )
+
+
+def _read_by(biases: Collection[ElevationBias], others: frozenset[str]) -> frozenset[str] | None:
+    """Optional fields of `Terrain` that biases look at, and others; None: it is not known which."""
+    known = [bias.needs | bias.reads for bias in biases if bias.reads is not None]
+    return others.union(*known) if len(known) == len(biases) else None
 
 
 def _checked_host(model: nn.Module) -> Host:

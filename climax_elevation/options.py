@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
 
 from climax_elevation.attention import ENGINES, check_engine
-from climax_elevation.checks import one_of, positive, true_or_false
+from climax_elevation.checks import acting, one_of, positive, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.terrain.controls import CONTROLS
 from climax_elevation.terrain.order import PATCH_ORDERS
 
 HIGHEST_SEED = 2**32 - 1
+WIND_FIELDS = frozenset({"u", "v", "speed"})
+ACTS_WITH = {"control_seed": {"control": "permuted"}}
+WHAT = {"wind_variables": "wind", "land_variable": "land", "grid_spacing_m": "distances"}
 
 
-def _option(default: Any, of_type: str, unit: str, text: str) -> Any:
-    return field(default=default, metadata={"type": of_type, "unit": unit, "help": text})
+def _option(default: Any, of_type: str, unit: str, text: str, of: Iterable[str] = ()) -> Any:
+    """`of`: fields of `Terrain`, of which a bias has to look at one for the option to act; (): it always does."""
+    return field(default=default, metadata={"type": of_type, "unit": unit, "help": text, "of": frozenset(of)})
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class AttachOptions:
         "two names",
         "",
         "channels that hold eastward and northward wind; read if the bias needs wind",
+        of=WIND_FIELDS,
     )
     land_variable: str = _option(
-        "land_sea_mask", "str", "", "channel that holds the share of land; read if the bias needs it"
+        "land_sea_mask", "str", "", "channel that holds the share of land; read if the bias needs it", of=("land",)
     )
     elevation_file: str | None = _option(
         None, "path", "m", "static field (.nc, .npz, .npy) instead of the channel; a finer one is averaged by area"
@@ -66,6 +71,7 @@ class AttachOptions:
         "m",
         "distance between pixels of a plane grid, where advection and structure have no latitudes; rows go from south "
         "to north",
+        of=("spacing_m",),
     )
     patch_order: str = _option(
         "raster",
@@ -103,10 +109,33 @@ class AttachOptions:
             raise InputError(f"control_seed is a whole number from 0 to {HIGHEST_SEED}, not {seed!r}")
         named = isinstance(self.wind_variables, Sequence) and not isinstance(self.wind_variables, str)
         winds = self.wind_variables if named else ()
-        if len(winds) != 2 or not all(map(_is_name, winds)):
+        if len(winds) != 2 or not all(map(_is_name, winds)) or winds[0] == winds[1]:
             raise InputError(
-                f"wind_variables names two channels, eastward and northward wind, not {self.wind_variables!r}"
+                f"wind_variables names two different channels, eastward and northward wind, not {self.wind_variables!r}"
             )
+
+        acting(vars(self), self.usual(), ACTS_WITH)
+
+    def check_read(self, bias_type: str, read: frozenset[str] | None) -> None:
+        """Raise InputError for an option that was set, of what no bias reads.
+
+        Args:
+            bias_type: How messages name the bias.
+            read: Optional fields of `Terrain` that biases and the order of tokens look at; None: any.
+        """
+        for option in fields(self):
+            of, value = option.metadata["of"], getattr(self, option.name)
+            was_set = (tuple(value) if isinstance(value, list) else value) != option.default
+            if read is not None and of and not of & read and was_set:
+                raise InputError(
+                    f"{option.name} has no effect: the bias {bias_type!r} with these arguments does not look at "
+                    f"{WHAT[option.name]}: leave {option.name} out, or choose another bias"
+                )
+
+    @classmethod
+    def usual(cls) -> dict[str, Any]:
+        """The defaults."""
+        return {option.name: option.default for option in fields(cls)}
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

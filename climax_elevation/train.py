@@ -80,6 +80,7 @@ def _train_stand_in(given: Modernized) -> None:
     cli = TrainingCLI(
         arguments=given.arguments,
         resume=given.resume,
+        bias_args=given.bias_args,
         model_class=GlobalForecastModule,
         datamodule_class=GlobalForecastDataModule,
         seed_everything_default=42,

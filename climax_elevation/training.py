@@ -199,7 +199,7 @@ def read_datamodule(module: nn.Module, datamodule: Any) -> None:
 def check_datamodule(module: nn.Module, datamodule: Any) -> None:
     """`read_datamodule`, and InputError unless the data have all that the terrain is read from."""
     read_datamodule(module, datamodule)
-    variables = _variables(datamodule)
+    variables = variables_of(datamodule)
     for part in module.modules():
         if isinstance(part, TerrainSeam):
             for names in variables.values() if isinstance(variables, dict) else [variables]:
@@ -225,7 +225,7 @@ def _read(reader: TerrainSeam, datamodule: Any) -> None:
     folder = datamodule.hparams.get("root_dir") if hasattr(datamodule, "hparams") else None
     if folder is not None and Path(folder).is_dir():
         reader.cache_dir = Path(folder)
-    transforms, variables = getattr(datamodule, "transforms", None), _variables(datamodule)
+    transforms, variables = getattr(datamodule, "transforms", None), variables_of(datamodule)
     if isinstance(transforms, dict):
         _read_mixed_sources(reader, transforms, variables, source)
     elif transforms is not None:
@@ -255,7 +255,8 @@ def _read_mixed_sources(reader: TerrainSeam, transforms: dict[str, Any], variabl
     )
 
 
-def _variables(datamodule: Any) -> Any:
+def variables_of(datamodule: Any) -> Any:
+    """Names of the channels that a ClimaX data module reads; where several sources are mixed, of each by its name."""
     hparams = datamodule.hparams
     return hparams.dict_in_variables if "dict_in_variables" in hparams else hparams.get("variables")
 

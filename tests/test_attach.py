@@ -166,7 +166,7 @@ def test_an_elevation_file_serves_a_model_without_orography(tmp_path):
         ({"control": "tilted"}, "unknown control 'tilted'"),
         ({"elevation_variable": "height"}, "lack 'height'"),
         ({"wind_variables": ["u", "v"]}, "lack 'u'"),
-        ({"wind_variables": "u"}, "names two channels"),
+        ({"wind_variables": "u"}, "names two different channels"),
         ({"elevation_file": "none.nc"}, "does not exist"),
         ({"direction": "up"}, "unknown direction"),
     ],

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import tiny_data
 import torch
-import xarray as xr
 
 from climax_elevation.errors import InputError
 from climax_elevation.train import train
@@ -19,13 +17,6 @@ from climax_elevation.train import train
 NAMES = "[" + ", ".join(tiny_data.VARIABLES) + "]"
 TARGETS = "[" + ", ".join(tiny_data.TARGETS) + "]"
 ON = "--model.net.init_args.use_physics_mask=true"
-CONFIGS = {
-    "global_forecast": "global_forecast_climax",
-    "regional_forecast": "regional_forecast_climax",
-    "climate_projection": "climate_projection",
-    "pretrain": "pretrain_climax",
-}
-FORCINGS = ("CO2", "SO2", "CH4", "BC")
 
 
 @pytest.fixture(scope="module")
@@ -156,82 +147,6 @@ def test_flag_off_trains_as_unmodified_climax_does(climax, shards, tmp_path):
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert logged(plain, "test/w_rmse") == logged(ours, "test/w_rmse")
-
-
-def climate_bench(root):
-    """The files that ClimateBench has, with as many years as upstream counts on, on 4 x 8 pixels."""
-    rng = np.random.default_rng(0)
-    lat, lon = np.linspace(-67.5, 67.5, 4), np.arange(8) * 45.0
-    for part, scenarios in {"train_val": ("ssp126", "ssp370"), "test": ("ssp245",)}.items():
-        (root / part).mkdir(parents=True)
-        for name in (*scenarios, "historical"):
-            years = np.arange(1850, 2015) if name == "historical" else np.arange(2015, 2037)
-            place = {"time": years, "latitude": lat, "longitude": lon}
-            forcing = {v: (tuple(place), rng.random((len(years), 4, 8), np.float32)) for v in FORCINGS}
-            xr.Dataset(forcing, place).to_netcdf(root / part / f"inputs_{name}.nc")
-            place = {"time": years, "member": [0, 1], "lat": lat, "lon": lon}
-            climate = {v: (tuple(place), rng.random((len(years), 2, 4, 8), np.float32)) for v in ("tas", "pr", "pr90")}
-            xr.Dataset(climate, place | {"quantile": 0.9}).to_netcdf(root / part / f"outputs_{name}.nc")
-    elevation = np.abs(rng.normal(500, 400, (4, 8))).astype(np.float32)
-    np.savez(root / "elevation.npz", orography=elevation, lat=lat, lon=lon)
-    return root
-
-
-def overrides(module, root, out):
-    """What a user of upstream's unmodified YAML writes on the command line: paths, device, and sizes."""
-    sizes = ["embed_dim=16", "depth=2", "num_heads=2"]
-    small = [f"--model.net.init_args.{size}" for size in sizes]
-    common = [
-        "--trainer.accelerator=cpu",
-        "--trainer.devices=1",
-        "--trainer.precision=32",
-        f"--trainer.default_root_dir={out}",
-    ]
-    common += ["--trainer.max_epochs=1", "--data.batch_size=2", *small]
-    if module == "climate_projection":
-        net = [
-            "--model.net.init_args.img_size=[4, 8]",
-            "--model.net.init_args.time_history=3",
-            "--model.pretrained_path=",
-        ]
-        bias = f"--model.net.init_args.bias_args={{elevation_file: {root}/elevation.npz, wind: false}}"
-        data = [f"--data.root_dir={root}", "--data.list_train_simu=[ssp126, ssp370]", "--data.history=3"]
-        return [*common, *net, bias, *data]
-    net = [f"--model.net.init_args.default_vars={NAMES}", "--model.net.init_args.img_size=[8, 16]"]
-    if module == "pretrain":
-        sources = {"root_dirs": root, "in_variables": NAMES, "max_predict_ranges": 3, "buffer_sizes": 5}
-        return [*common, *net, *(f"--data.dict_{key}={{mpi-esm: {value}}}" for key, value in sources.items())]
-    data = [
-        f"--data.root_dir={root}",
-        f"--data.variables={NAMES}",
-        f"--data.out_variables={TARGETS}",
-        "--data.predict_range=2",
-    ]
-    if module == "regional_forecast":
-        data.append("--data.region=Global")
-    return [*common, *net, *data]
-
-
-@pytest.mark.parametrize("module", CONFIGS)
-def test_upstreams_unmodified_yaml_trains_with_the_flag(climax, shards, tmp_path, module):
-    """Strategy ddp, one worker, rich progress and TensorBoard, as upstream's files ask for."""
-    file = climax / "configs" / f"{CONFIGS[module]}.yaml"
-    if not file.is_file():
-        pytest.skip("this ClimaX is an installation, without upstream's configs")
-    for needed in ("torchvision", "tensorboard", "rich", *(["dask"] if module == "climate_projection" else [])):
-        pytest.importorskip(needed)
-    root = climate_bench(tmp_path / "bench") if module == "climate_projection" else shards
-    given = ["--config", str(file), *overrides(module, root, tmp_path / "out"), ON]
-    # these files fall back to their authors' home folders
-    folders = {name: str(tmp_path / "unused") for name in ("OUTPUT_DIR", "AMLT_OUTPUT_DIR")}
-    done = launched(module, "--climax", str(climax), "--", *given, **folders)
-    assert done.returncode == 0, done.stderr
-    moved = re.search(r"elevation_alpha moved from 1 to (\S+)", done.stderr)
-    assert moved, done.stderr
-    # the schedule of these files starts at a learning rate of 1e-8
-    assert float(moved[1]) == pytest.approx(1, abs=1e-3)
-    assert list((tmp_path / "out").rglob("last*.ckpt"))
-    assert not (tmp_path / "unused").exists()
 
 
 @pytest.mark.parametrize("host", ["stand-in", "ClimaX"])

@@ -64,7 +64,9 @@ def test_equals_the_plain_loop_with_every_gradient(wind, direction, terrain_batc
     torch.manual_seed(1)
     z = (torch.rand(terrain_batch, 5, dtype=torch.float64) * 4000).requires_grad_()
     w = (torch.rand(3, 5, dtype=torch.float64) * 12).requires_grad_() if wind else None
-    bias = PhysicsBias(wind=wind, direction=direction, alpha_init=1.25, beta_init=0.375).double()
+    bias = PhysicsBias(
+        wind=wind, direction=direction, alpha_init=1.25, **({"beta_init": 0.375} if wind else {})
+    ).double()
     alpha = torch.tensor([1.25], dtype=torch.float64, requires_grad=True)
     beta = torch.tensor([0.375], dtype=torch.float64, requires_grad=True)
     got = bias(z, w) if wind else bias(z)

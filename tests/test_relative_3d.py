@@ -218,7 +218,7 @@ def test_latitudes_beyond_the_poles_are_refused():
     ("arguments", "message"),
     [
         ({"coords": "polar"}, "unknown coords 'polar'; choose one of 'normalized', 'physical'"),
-        ({"log_spaced": True}, "log_spaced is an option of physical coordinates"),
+        ({"log_spaced": True}, "log_spaced has an effect with coords: physical alone, and coords is normalized"),
         ({"hidden_dim": 0}, "hidden_dim is a whole number of 1 or more"),
         ({"zero_init": "yes"}, "zero_init is true or false"),
     ],

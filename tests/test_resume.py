@@ -77,8 +77,10 @@ def test_from_an_epochs_end_where_steps_are_counted(no_climax, shards, tmp_path)
 
 
 @pytest.mark.slow
-def test_in_two_processes(no_climax, shards, tmp_path):
-    parallel = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.num_workers=2", *kept(1)]
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_two_processes(no_climax, shards, tmp_path, workers):
+    """7 pairs a process, 4 steps an epoch: from its middle and from its last step."""
+    parallel = ["--trainer.strategy=ddp", "--trainer.devices=2", f"--data.num_workers={workers}", *kept(1)]
 
     def of_two(name, *more):
         arguments = forecasting(shards, tmp_path / name, epochs=2)
@@ -87,8 +89,31 @@ def test_in_two_processes(no_climax, shards, tmp_path):
         return state_of(tmp_path / name)
 
     whole = of_two("whole")
-    checkpoint = next((tmp_path / "whole").rglob("at-step=3.ckpt"))
-    assert_same(of_two("resumed", f"--ckpt_path={checkpoint}"), whole)
+    assert whole["global_step"] == 2 * 4
+    for step in (3, 4):
+        checkpoint = next((tmp_path / "whole").rglob(f"at-step={step}.ckpt"))
+        assert_same(of_two(f"from-{step}", f"--ckpt_path={checkpoint}"), whole)
+
+
+def test_a_run_that_ends_before_its_next_validation(host, shards, tmp_path, caplog):
+    """There is no score yet when EarlyStopping asks for one at the end."""
+    stop = ["--trainer.callbacks+=pytorch_lightning.callbacks.EarlyStopping", "--trainer.callbacks.monitor=val/w_rmse"]
+
+    def fit(name, steps, *more):
+        arguments = [*forecasting(shards, tmp_path / name, epochs=4), ON, *kept(1), *stop, *more]
+        train("global_forecast", host, [*arguments, f"--trainer.max_steps={steps}"])
+        last = max(int(path.stem.partition("=")[2]) for path in (tmp_path / name).rglob("at-*.ckpt"))
+        return last, len(logged(tmp_path / name, "test/w_rmse"))
+
+    assert fit("begun", 9) == (9, 1)
+    begun = {step: next((tmp_path / "begun").rglob(f"at-step={step}.ckpt")) for step in (5, 8)}
+    assert fit("on", 9, f"--ckpt_path={begun[8]}") == (9, 1)
+    with caplog.at_level("INFO", "climax_elevation"):
+        assert fit("in the first epoch", 8, f"--ckpt_path={begun[5]}") == (8, 1)
+    # upstream's begins the epoch of 7 steps anew, and ends in it
+    assert caplog.text.count("the weights of the end are tested") == (0 if host is None else 1)
+    with pytest.raises(InputError, match="Early stopping conditioned on metric `val/w_rmsd`"):  # once it could be there
+        fit("misnamed", 30, f"--ckpt_path={begun[8]}", "--trainer.callbacks.monitor=val/w_rmsd")
 
 
 def ordered(root, workers, buffer_size=4, batch_size=2):

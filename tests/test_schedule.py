@@ -189,6 +189,18 @@ def test_a_validation_that_never_comes_is_refused(options, message, stopping):
         check_validation(trainer(stopping=stopping, **options), 10)
 
 
+@pytest.mark.parametrize(("limit", "comes"), [(10, True), (11, False), (None, True)])
+def test_a_limit_that_upstreams_reader_does_not_reach(limit, comes):
+    """Without a length Lightning takes the limit for the number of batches, and validates after so many."""
+    limited = trainer(max_epochs=2, limit_train_batches=limit)
+    check_validation(limited, 10)
+    if comes:
+        check_validation(limited, 10, counted=False)
+    else:
+        with pytest.raises(InputError, match=r"limit_train_batches, 11, and an epoch has 10 batches a process: lower"):
+            check_validation(limited, 10, counted=False)
+
+
 @pytest.mark.parametrize(
     "options",
     [

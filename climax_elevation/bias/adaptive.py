@@ -40,6 +40,7 @@ class AdaptiveBias(ElevationBias):
     """
 
     needs = frozenset({"speed"})
+    reads = frozenset()
 
     def __init__(
         self, *, scale_init: float = 0.2, height_scale_m: float = 1000.0, wind_threshold_m_s: float = 5.0

@@ -56,6 +56,7 @@ class AdvectionBias(PatchLengths):
     """
 
     who = "the advection bias"
+    reads = frozenset({"spacing_m"})
 
     def __init__(self, num_heads: int, grid: tuple[int, int], *, width_scale: float = 1.0) -> None:
         super().__init__(grid)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from climax_elevation.checks import finite
+from climax_elevation.checks import acting, finite
 from climax_elevation.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,13 +44,19 @@ class ElevationBias(nn.Module):
     needs: frozenset[str] = frozenset()
     """Optional fields of `Terrain` without which `inputs` cannot be made, such as `"speed"`."""
 
+    reads: frozenset[str] | None = None
+    """Optional fields of `Terrain` that `inputs` looks at besides `needs`, where they are there; None: any."""
+
+    acts_with: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    """For an argument of the constructor that does not always act, the values of others with which it does."""
+
     numbers_a_pair: int = 8
     """About how many numbers `pairwise` holds for each pair at once, by which engines choose their tiles."""
 
     differentiated: frozenset[str] = frozenset()
     """Names of the parameters that `pullback` knows: where there are others, engines differentiate by machine."""
 
-    unread: frozenset[str] = frozenset({"needs", "numbers_a_pair"})
+    unread: frozenset[str] = frozenset({"needs", "reads", "numbers_a_pair"})
     """Attributes that `features` and `pairwise` do not read; all others that are set are their settings."""
 
     registered_name: str | None = None
@@ -72,7 +78,7 @@ class ElevationBias(nn.Module):
         super().__init_subclass__(**options)
         cls.registered_name = None
         if "__init__" in vars(cls):
-            cls.__init__ = _remembered(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = _remembered(cls.__init__, vars(cls).get("acts_with", {}))  # type: ignore[method-assign]
         if cls.forward is not ElevationBias.forward:
             raise InputError(
                 f"{cls.__name__} overrides forward, which engines do not call: override features and pairwise"
@@ -214,16 +220,20 @@ def _is_plain(value: Any, lasting: bool) -> bool:
     return type(value) in (bool, int, str, type(None)) or (type(value) is float and math.isfinite(value))
 
 
-def _remembered(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor that keeps its arguments: from them, as from data, the same bias is made elsewhere."""
+def _remembered(init: Callable[..., None], acts_with: Mapping[str, Mapping[str, Any]]) -> Callable[..., None]:
+    """A constructor that keeps its arguments, from which the same bias is made elsewhere, and wants each to act."""
+    signature = inspect.signature(init)
+    usual = {name: parameter.default for name, parameter in signature.parameters.items()}
 
     @functools.wraps(init)
     def keeping(self: ElevationBias, *args: Any, **kwargs: Any) -> None:
         if "made_with" not in self.__dict__:  # else a subclass's constructor has kept its own
-            bound = inspect.signature(init).bind(self, *args, **kwargs)
+            bound = signature.bind(self, *args, **kwargs)
             own = list(bound.arguments.items())[1:]
             self.__dict__["made_with"] = {name: literal(value) for name, value in own}
         init(self, *args, **kwargs)
+        if acts_with:  # once each is of its kind
+            acting(usual | signature.bind(self, *args, **kwargs).arguments, usual, acts_with)
 
     return keeping
 

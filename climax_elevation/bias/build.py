@@ -46,6 +46,11 @@ class SumBias(ElevationBias):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset().union(*(part.needs for part in self.parts))
 
+    @property
+    def reads(self) -> frozenset[str] | None:  # type: ignore[override]
+        known = [part.reads for part in self.parts if part.reads is not None]
+        return frozenset().union(*known) if len(known) == len(self.parts) else None
+
     def prepare(self, terrain: Terrain, cache_dir: Path | None = None) -> None:
         for part in self.parts:
             part.prepare(terrain, cache_dir)

@@ -36,6 +36,8 @@ class MultiplicativeBias(ElevationBias):
     the place of heights scaled to [0, 1], and no clamp.
     """
 
+    reads = frozenset()
+
     def __init__(self, *, strength_init: float = 1.0, height_scale_m: float = 1000.0) -> None:
         super().__init__()
         self.height_scale_m = positive("height_scale_m", height_scale_m, "metres")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,12 +44,14 @@ class PhysicsBias(ElevationBias):
         direction: Which end of the pair is penalised for being above the other.
 
     Raises:
-        InputError: If an argument is not of its kind or out of its range.
+        InputError: If an argument is not of its kind, out of its range, or has no effect with the others.
 
     Source: elevation_attention_summary.md, approach 1. Departure: no clamp, which would stop alpha's
     gradient at alpha <= 0 and on high terrain; `direction` is added.
     """
 
+    reads = frozenset()
+    acts_with = MappingProxyType({"beta_init": {"wind": True}, "wind_threshold_m_s": {"wind": True}})
     differentiated = frozenset({"elevation_alpha", "wind_beta"})
 
     def __init__(

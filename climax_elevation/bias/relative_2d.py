@@ -40,6 +40,8 @@ class RelativePositionBias2D(ElevationBias):
     Source: the position bias of TopoFlow, arXiv 2602.16821; buckets as in T5, arXiv 1910.10683.
     """
 
+    reads = frozenset()
+
     def __init__(self, num_heads: int, *, num_buckets: int = 32, max_distance: int = 128) -> None:
         super().__init__()
         if count("num_buckets", num_buckets) % 4:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -62,6 +63,8 @@ class RelativePositionBias3D(ElevationBias):
     pairs; the first layer, being linear, is applied to tokens as well.
     """
 
+    reads = frozenset()
+    acts_with = MappingProxyType({"log_spaced": {"coords": "physical"}})
     differentiated = frozenset({"mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"})
 
     def __init__(
@@ -76,8 +79,6 @@ class RelativePositionBias3D(ElevationBias):
         super().__init__()
         self.coords = one_of("coords", coords, COORDS)
         self.log_spaced = true_or_false("log_spaced", log_spaced)
-        if log_spaced and coords != "physical":
-            raise InputError("log_spaced is an option of physical coordinates: set coords='physical', or leave it out")
         self.numbers_a_pair = hidden_dim if coords == "physical" else num_heads
         self.needs = frozenset({"lat", "lon"}) if coords == "physical" else frozenset()
         first, last = nn.Linear(3, count("hidden_dim", hidden_dim)), nn.Linear(hidden_dim, num_heads)

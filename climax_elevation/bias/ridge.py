@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -61,6 +62,14 @@ class RidgeBias(ElevationBias):
     al., J. Fluid Mech. 152 (1985).
     """
 
+    reads = frozenset()
+    acts_with = MappingProxyType(
+        {
+            "beta_init": {"wind": True, "form": "height"},
+            "wind_threshold_m_s": {"wind": True, "form": "height"},
+            "buoyancy_frequency_per_s": {"form": "froude"},
+        }
+    )
     unread = ElevationBias.unread | {"_paths"}  # `inputs` hands them on
 
     def __init__(

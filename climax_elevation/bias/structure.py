@@ -56,6 +56,7 @@ class StructureBias(PatchLengths):
     """
 
     who = "the structure bias"
+    reads = frozenset({"spacing_m"})
 
     def __init__(self, num_heads: int, grid: tuple[int, int], *, vertical: bool = True, land: bool = False) -> None:
         super().__init__(grid)

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from climax_elevation.attachment import WIND_FIELDS
 from climax_elevation.bias import StructureBias, build_bias
 from climax_elevation.diagnostics.view import Field
 from climax_elevation.errors import InputError
 from climax_elevation.files import check_folder, check_own
 from climax_elevation.host import StandInClimaX
-from climax_elevation.options import AttachOptions
+from climax_elevation.options import WIND_FIELDS, AttachOptions
 from climax_elevation.terrain.sphere import EARTH_RADIUS_M
 from climax_elevation.testbed.altitude import ElevationMap, region_elevation
 from climax_elevation.testbed.fit import (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ REGIONAL_CLASS = "climax.regional_forecast.arch.RegionalClimaX"
 STAND_IN_CLASS = "climax_elevation.host.StandInClimaX"
 CALLBACK = "climax_elevation.training.TerrainCallback"
 RESUME = "resume_from_checkpoint"
+BIAS_ARGS = "model.net.init_args.bias_args"
+OF_BIAS = re.compile(r"--model\.net\.(?:init_args\.)?bias_args(?:\.(.+))?")
 
 
 @dataclass(frozen=True)
@@ -73,17 +76,20 @@ class Modernized:
     Attributes:
         arguments: The same, with rewritten files where a file had to change.
         resume: Checkpoint to go on from, or None; interpolations of the configuration are not resolved.
+        bias_args: By name, with dots for a part of a sum, what is to change of the configuration's; likewise.
     """
 
     arguments: list[str]
     resume: str | None
+    bias_args: dict[str, Any] = field(default_factory=dict)
 
 
 def modernize(arguments: Sequence[str], folder: Path, *, stand_in: bool = False) -> Modernized:
     """Take retired keys of the Trainer out of command-line arguments and of the YAML files that they name.
 
     A key without effect is dropped, and the log says so; `trainer.resume_from_checkpoint` is returned.
-    Files that need no change are passed on as they are.
+    Files that need no change are passed on as they are. Options for entries of `bias_args` are returned too, since the
+    parser takes their values for texts where a network takes a plain `dict`, and has no place for parts of a sum.
 
     Args:
         arguments: Of upstream's training script: `--config FILE`, `--trainer.max_epochs=5` and so on.
@@ -97,7 +103,25 @@ def modernize(arguments: Sequence[str], folder: Path, *, stand_in: bool = False)
     kept = [argument for option in _options(arguments) for argument in reader.option(option)]
     if not any("TerrainCallback" in text for text in (*reader.texts, *arguments)):
         kept.append(f"--trainer.callbacks+={CALLBACK}")
-    return Modernized(kept, reader.resume)
+    return Modernized(kept, reader.resume, reader.bias_args)
+
+
+def with_entries(given: Mapping[str, Any] | None, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """`bias_args` with some entries changed, by name, with dots for a part of a sum.
+
+    Raises:
+        InputError: If what is to have an entry is no dictionary.
+    """
+    changed = dict(given or {})
+    for name, value in entries.items():
+        part, dot, rest = name.partition(".")
+        own = changed.get(part)
+        if dot and own is not None and not isinstance(own, Mapping):
+            raise InputError(
+                f"{BIAS_ARGS}.{name} is set, and {part} is {own!r}, not a dictionary: leave one of them out"
+            )
+        changed[part] = with_entries(own, {rest: value}) if dot else value
+    return changed
 
 
 @dataclass(frozen=True)
@@ -135,6 +159,7 @@ class _Reader:
         self.stand_in = stand_in
         self.resume: str | None = None
         self.texts: list[str] = []
+        self.bias_args: dict[str, Any] = {}
 
     def option(self, option: _Option) -> tuple[str, ...]:
         """The arguments to pass on for an option."""
@@ -146,6 +171,15 @@ class _Reader:
                 raise InputError(f"{option.name} needs a value, and Lightning no longer has it: leave it out")
             self.retire(key, _parsed(option.value), option.name)
             return ()
+        of_bias = OF_BIAS.fullmatch(option.name)
+        if of_bias and of_bias[1]:
+            if option.value is None:
+                raise InputError(f"{option.name} needs a value")
+            self.bias_args.pop(of_bias[1], None)  # the last word counts
+            self.bias_args[of_bias[1]] = _parsed(option.value)
+            return ()
+        if of_bias or option.name in ("--model", "--model.net", "--model.net.init_args"):
+            self.bias_args.clear()
         if self.stand_in and option.value == CLIMAX_CLASS and option.name in ("--model.net", "--model.net.class_path"):
             _log_stand_in(option.name)
             return option.with_value(STAND_IN_CLASS)
@@ -167,6 +201,8 @@ class _Reader:
         if not isinstance(config, DictConfig):
             raise InputError(f"{name} holds no configuration: it should have the keys trainer, model and data")
         self.texts.append(OmegaConf.to_yaml(config))
+        if "bias_args" in (_child(_child(_child(config, "model"), "net"), "init_args") or {}):
+            self.bias_args.clear()
         if not self._edit(config, name):
             return name
         for part, value in _plain(config).items():

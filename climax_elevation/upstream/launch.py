@@ -56,7 +56,7 @@ def train_upstream(module: str, source: Source, given: Modernized, reader: type[
                 # upstream's own takes weights of variables by number, and drops positions of other shapes of grids
                 getattr(script, name).load_pretrained_weights = partialmethod(load_pretrained, trusted=True)
         cli: type[TrainingCLI] = PretrainingCLI if module == "pretrain" else TrainingCLI
-        own: dict[str, Any] = {"arguments": given.arguments, "resume": given.resume}
+        own: dict[str, Any] = {"arguments": given.arguments, "resume": given.resume, "bias_args": given.bias_args}
         if reader is not None:
             is_regional = module == "regional_forecast"
             own["datamodule_class"] = (

@@ -29,10 +29,12 @@ from climax_elevation.errors import InputError
 from climax_elevation.files import check_folder
 from climax_elevation.health import StopNotFinite, check_statistics
 from climax_elevation.training import TerrainCallback, check_datamodule
+from climax_elevation.upstream.config import BIAS_ARGS, with_entries
 from climax_elevation.upstream.plan import stop_at_plan
 from climax_elevation.upstream.resuming import GoOn, best_checkpoint
 from climax_elevation.upstream.schedule import announced, check_equal, check_shares, check_validation, count_shares
 from climax_elevation.upstream.settings import check_settings
+from climax_elevation.upstream.unused import look_for_unused
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,7 @@ OWN, LIGHTNING = "climax_elevation", ("pytorch_lightning", "lightning_fabric")
 # what the parser says, and how it is said here
 NOISE = {
     r"- Expected a path but \S+ either not accessible or invalid - ": "",
+    r" ?\(?Exception raised from .*": "",  # and where in torch
     r"Not a valid subclass of (\w+).*": r"Expected a \1",
 }
 UNION = (
@@ -57,6 +60,7 @@ PHRASES: dict[str, Any] = {
     r"\. Got value: ": ", got ",
     "Option '(\\w+)' is not accepted": r"there is no option '\1'",
 }
+OVERFLOW = "value cannot be converted to type"
 KEYWORDS = ("best", "last", "hpc")  # that Lightning takes for a checkpoint's path
 
 
@@ -76,12 +80,16 @@ class TrainingCLI(LightningCLI):
         arguments: In the place of `sys.argv[1:]`.
         resume: Checkpoint that `fit` goes on from, or None; may refer to the configuration, as in
             `${trainer.default_root_dir}/last.ckpt`.
+        bias_args: By name, with dots for a part of a sum, what is to change of the network's `bias_args`; likewise.
         options: LightningCLI's.
     """
 
-    def __init__(self, *, arguments: list[str], resume: str | None, **options: Any) -> None:
+    def __init__(
+        self, *, arguments: list[str], resume: str | None, bias_args: Mapping[str, Any], **options: Any
+    ) -> None:
         self._arguments = arguments
         self._resume = resume
+        self._bias_args = bias_args
         with configuration_errors():
             super().__init__(**options)
 
@@ -95,6 +103,10 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = parser.parse_args(self._arguments)
+        if self._bias_args:
+            if BIAS_ARGS not in self.config:
+                raise InputError(f"{BIAS_ARGS} is set, and model.net has no such argument: leave it out")
+            self.config[BIAS_ARGS] = self._resolved(BIAS_ARGS, with_entries(self.config[BIAS_ARGS], self._bias_args))
         check_settings(self.config.as_dict())
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -124,6 +136,13 @@ class TrainingCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         write_whole(self.trainer.strategy)
+        unread = look_for_unused(self.trainer.strategy, self.model, self.datamodule)
+        if unread:
+            say(
+                "ddp looks for parameters without a use in each step, as Lightning 1.8's did: the network embeds %s, "
+                "which not all data have",
+                ", ".join(unread),
+            )
         ours = [EndTogether(), GoOn(), *([] if self._allow_nan else [StopNotFinite()])]
         self.trainer.callbacks[:0] = ours  # type: ignore[attr-defined] # before those that save
         if self._resume is not None:
@@ -158,7 +177,7 @@ class TrainingCLI(LightningCLI):
             check_shares(shares, processes, workers, sharing=sharing)
             if processes > 1:
                 check_equal(trainer, shares, processes, workers, sharing=sharing)
-            check_validation(trainer, shares[0].batches)
+            check_validation(trainer, shares[0].batches, counted=hasattr(self.datamodule, "shares"))
         stop_at_plan(trainer, self.model, self.datamodule, shares, processes)
         for line in announced(trainer, shares, processes, batch_size):
             say("%s", line)
@@ -172,10 +191,15 @@ class TrainingCLI(LightningCLI):
                 if isinstance(folder, str | os.PathLike):
                     check_folder(f"{name} of {type(part).__name__}", Path(folder))
 
+    def _resolved(self, key: str, written: Any) -> Any:
+        """What is written for a key, with what it refers to of the configuration."""
+        config = OmegaConf.create(self.parser.dump(self.config, skip_none=False, skip_validation=True))
+        OmegaConf.update(config, key, written, merge=False)
+        found = OmegaConf.select(config, key)
+        return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+
     def _checkpoint(self, key: str, written: str) -> str:
-        config = OmegaConf.create(self.parser.dump(self.config, skip_none=False))
-        config.ckpt_path = written
-        path = str(config.ckpt_path)
+        path = str(self._resolved("ckpt_path", written))
         if path == "best":
             return best_checkpoint(self.trainer)
         if "://" in path or path in KEYWORDS or path.startswith("registry"):
@@ -250,6 +274,11 @@ def training_errors() -> Iterator[None]:
             raise InputError(
                 f"the checkpoint is of another model, perhaps with other terrain settings: {_line(error)}"
             ) from error
+        if OVERFLOW in str(error):  # of what an optimiser makes of its settings
+            raise InputError(
+                "a step of the optimiser is larger than the type of the weights can hold: lower model.lr, "
+                "model.weight_decay or lr_factor of TerrainCallback"
+            ) from error
         if _raised_in(error) not in LIGHTNING:
             raise
         raise InputError(f"Lightning: {_line(error)}") from error
@@ -290,6 +319,11 @@ def _with_whole_names(test: Callable[..., Any], trainer: Trainer) -> Callable[..
 
     @functools.wraps(test)
     def run(*positional: Any, **named: Any) -> Any:
+        kept: Any = trainer.checkpoint_callback
+        if named.get("ckpt_path") == "best" and kept is not None and not kept.best_model_path:
+            # the run went on, in an epoch that began anew, for less than it took to the first validation
+            say("no validation came before the end, so no checkpoint is the best: the weights of the end are tested")
+            named["ckpt_path"] = None
         results = test(*positional, **{"verbose": False} | named)
         if trainer.is_global_zero and "verbose" not in named:
             print(scores_table(results))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
 from climax_elevation.checkpoints import newest, read_checkpoint
 from climax_elevation.errors import InputError
@@ -19,16 +19,31 @@ VALIDATION = "epoch_loop.val_loop.batch_progress"
 
 
 class GoOn(Callback):
-    """Lets a resumed run do what the interrupted one would have done next, and says what of that it cannot."""
+    """Lets a resumed run do what the interrupted one would have done next, and says what of that it cannot.
+
+    Until its first validation there is no score, for which EarlyStopping asks at the end of a run too: it does without.
+    """
+
+    def __init__(self) -> None:
+        self._strict: list[EarlyStopping] = []
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         fit = checkpoint.get("loops", {}).get("fit_loop")
         if fit is None or not trainer.training:
             return
+        stopping: list[Any] = trainer.early_stopping_callbacks
+        self._strict = [callback for callback in stopping if callback.strict]
+        for callback in self._strict:
+            callback.strict = False
         _validate_first(fit, trainer)
         _count_the_epoch_once(fit, trainer)
         if trainer.is_global_zero and not fit.get("state_dict", {}).get("combined_loader"):
             _say_what_is_not_resumed(fit)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for callback in self._strict:
+            callback.strict = True
+        self._strict = []
 
 
 def _validate_first(fit: dict[str, Any], trainer: Trainer) -> None:

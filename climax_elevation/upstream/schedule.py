@@ -170,12 +170,13 @@ def steps_of_run(trainer: Trainer, an_epoch: int) -> int | None:
     return min(known) if known else None
 
 
-def check_validation(trainer: Trainer, batches: int) -> None:
+def check_validation(trainer: Trainer, batches: int, *, counted: bool = True) -> None:
     """Raise InputError where checkpoints or stopping wait for a validation that never comes.
 
     Args:
         trainer: Of the run.
         batches: Of an epoch's training, of a process.
+        counted: Whether the loader of these batches knows how many they are, as upstream's do not.
     """
     waiting = [
         callback
@@ -195,6 +196,12 @@ def check_validation(trainer: Trainer, batches: int) -> None:
     name = f"{type(waiting[0]).__name__} waits for {waiting[0].monitor!r}"
     if not _limited(trainer.limit_val_batches, 1 if trainer.limit_val_batches else 0):
         raise InputError(f"{name}, and limit_val_batches is 0: validate, or monitor something else")
+    limit = trainer.limit_train_batches
+    if not counted and isinstance(limit, int) and every == 1.0 and epochs is not None and limit > batches:
+        raise InputError(
+            f"{name}, which Lightning begins after trainer.limit_train_batches, {limit}, and an epoch has {batches} "
+            "batches a process: lower it, or leave it out"
+        )
     if isinstance(every, int) and epochs is not None and every > seen:
         raise InputError(
             f"{name}, and trainer.val_check_interval is {every} batches, of which an epoch has {seen}: lower it"

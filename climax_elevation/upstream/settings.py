@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from climax_elevation.checks import count, learning_rate, not_below_zero, positive, share, text, true_or_false
+from climax_elevation.checks import MOST, count, learning_rate, not_below_zero, positive, share, text, true_or_false
 from climax_elevation.errors import InputError
 
 HIGHEST_SEED = 2**32 - 1
@@ -59,7 +59,7 @@ def _whole(least: int, most: int | None = None) -> Rule:
     """A whole number within bounds."""
 
     def check(name: str, value: Any) -> None:
-        within = isinstance(value, int) and not isinstance(value, bool) and least <= value and (most or value) >= value
+        within = isinstance(value, int) and not isinstance(value, bool) and least <= value <= (most or MOST)
         if not within:
             bounds = f"of {least} or more" if most is None else f"from {least} to {most}"
             raise InputError(f"{name} is a whole number {bounds}, not {value!r}")
