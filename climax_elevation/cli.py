@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
         "variables, grid and lead time are the run's.",
     )
     forecast.add_argument("folder", type=_path, metavar="RUN", help="folder of a run of train or compare")
-    forecast.add_argument("source", metavar="SOURCE", help="netCDF, GRIB or Zarr, as prepare takes it")
+    forecast.add_argument("source", nargs="+", metavar="SOURCE", help="netCDF, GRIB or Zarr, as prepare takes it")
     forecast.add_argument("out", type=_path, metavar="OUT.nc", help="file to write")
     forecast.add_argument(
         "--start",
@@ -366,7 +366,9 @@ def _compare(options: argparse.Namespace, _: list[str]) -> None:
 def _forecast(options: argparse.Namespace, _: list[str]) -> None:
     if options.variable is not None and options.picture is None:
         raise InputError("--variable says what --picture draws: give both")
-    plots = _plots() if options.picture is not None else None
+    plots = None if options.picture is None else _plots()
+    if options.picture is not None:
+        _check_picture("--picture", options.picture)
     from climax_elevation.forecast import forecast
 
     units, select = _units_and_select(options)
@@ -410,15 +412,20 @@ def _units_and_select(options: argparse.Namespace) -> tuple[dict[str, str], dict
 
 
 def _plot(options: argparse.Namespace, _: list[str]) -> None:
-    from climax_elevation.files import check_folder
-
     plots = _plots()
     out = options.out or Path(options.kind)
-    if options.out is not None and out.is_dir():
-        raise InputError(f"--out is a file's name without suffix, and {out} is a folder: write {out / options.kind}")
-    check_folder("the folder of --out", out.parent)
+    if options.out is not None:
+        _check_picture("--out", out)
     for file in plots.save(_figure(options), _without_suffix(out)):
         print(file)
+
+
+def _check_picture(option: str, path: Path) -> None:
+    from climax_elevation.files import check_folder
+
+    if path.is_dir():
+        raise InputError(f"{option} is a file's name without suffix, and {path} is a folder: write {path / 'picture'}")
+    check_folder(f"the folder of {option}", path.parent)
 
 
 def _plots() -> ModuleType:

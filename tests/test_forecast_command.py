@@ -1,5 +1,6 @@
 """`climax-elevation forecast` and `load_run`: values of Lightning's test loop, in a file that says what they are."""
 
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -341,6 +342,30 @@ def test_a_state_without_a_time_axis(folder, run, tmp_path, capsys, start):
     np.testing.assert_allclose(made["2m_temperature"], reference(folder, run, tmp_path), rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["folder", "files", "archive"])
+def test_a_state_in_several_files(folder, run, tmp_path, kind):
+    """One of which has one time, which is no dimension."""
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    state = states().isel(time=-1)
+    files = [prepare_data.write(state[[name]], apart / f"{name}.nc") for name in ("t2m", "u10", "v10")]
+    source = {"folder": [str(apart)], "files": list(map(str, files)), "archive": [str(tmp_path / "in.nc")]}[kind]
+    with zipfile.ZipFile(tmp_path / "in.nc", "w") as archive:
+        for file in files:
+            archive.write(file, file.name)
+    assert main(["forecast", str(run), *source, str(tmp_path / "out.nc")]) == 0
+    made = written(tmp_path / "out.nc")
+    assert str(made.time.values[0])[:13] == "2000-01-10T18"
+    np.testing.assert_allclose(made["2m_temperature"], reference(folder, run, tmp_path), rtol=1e-6)
+
+
+def test_the_thirtieth_of_february(run, tmp_path):
+    times = xr.date_range("2000-02-01", periods=STEPS, freq="D", calendar="360_day", use_cftime=True)
+    source = prepare_data.write(states().assign_coords(time=times), tmp_path / "days.nc")
+    done = forecast(run, source, tmp_path / "out.nc", start=["2000-02-30"])
+    assert done.starts == ("2000-02-30T00:00:00",)
+
+
 def test_a_larger_grid_is_cut_and_another_refused(folder, run, tmp_path, caplog):
     larger = states().pad(latitude=(1, 2), longitude=(3, 1), mode="edge")
     larger = larger.assign_coords(latitude=np.arange(25.0, 14.0, -1), longitude=np.arange(262.0, 278.0))
@@ -362,6 +387,7 @@ def test_ground_comes_from_the_runs_data_where_the_source_has_none(folder, run, 
     with caplog.at_level("INFO", "climax_elevation"):
         made = written(forecast(run, source, tmp_path / "out.nc").path)
     assert "orography, land_sea_mask: not in the source, taken from the run's data" in caplog.text
+    assert "orography from" not in caplog.text
     np.testing.assert_allclose(made["2m_temperature"], reference(folder, run, tmp_path), rtol=1e-6)
     without = replace(load_run(run), variables=("2m_temperature",), data=tmp_path)
     with open_states(without, str(source)) as opened:  # as with bias_args.elevation_file
@@ -492,6 +518,10 @@ def test_months_go_by_the_calendar(run, tmp_path, calendar):
     [
         (lambda d: d.drop_vars("u10"), "the source has no '10m_u_component_of_wind'"),
         (lambda d: d.assign(t2m=d.t2m.where(d.t2m.longitude > -94)), "at 2000-01-10T18:00:00 has 16 missing values"),
+        (
+            lambda d: d.assign(t2m=d.t2m.where(d.t2m.longitude > -94, -9999)),
+            "stands for a gap, and ClimaX takes none: fill",
+        ),
         (lambda d: d.assign(t2m=(d.t2m.dims, d.t2m.data - 273.15, {"units": "K"})), "outside 100 to 400 in ClimaX's"),
         (
             lambda d: d[["v10"]].rename(v10="gust"),
@@ -521,6 +551,7 @@ def test_a_wrong_source_is_one_sentence(run, tmp_path, capsys, change, sentence)
         (["--bias-scale", "nan"], "bias_scale is a finite number, not nan"),
         (["--checkpoint", "none.ckpt"], "checkpoint none.ckpt does not exist"),
         (["--variable", "2m_temperature"], "--variable says what --picture draws"),
+        (["--picture", "/dev/null/map"], "the folder of --picture /dev/null cannot be written to"),
         (["--picture", "map", "--variable", "t2m"], "unknown variable 't2m'; choose one of '2m_temperature'"),
         (["--units", "t2m"], "--units takes NAME="),
     ],

@@ -12,6 +12,7 @@ from prepare_data import world, write
 
 from climax_elevation.data.prepare import prepare
 from climax_elevation.data.rotated import unrotate
+from climax_elevation.data.sentinels import sentinel
 from climax_elevation.data.winds import column_direction
 from climax_elevation.errors import InputError
 
@@ -37,6 +38,8 @@ def on_levels(levels: np.ndarray | list, name: str = "level", **attributes: str)
         ([0.05, 0.25, 0.5, 0.85], "lev", {}),
         ([50, 500], "level", {"standard_name": "atmosphere_hybrid_sigma_pressure_coordinate"}),
         ([300, 500], "lev", {"units": "K", "long_name": "potential temperature"}),
+        ([50, 500], "lev", {"units": "hPa", "long_name": "hybrid level at midpoints (1000*(A+B))"}),
+        ([10, 50, 100, 200], "level", {}),
     ],
 )
 def test_only_pressure_is_pressure(
@@ -54,6 +57,20 @@ def test_only_pressure_is_pressure(
     (own,) = done.variables[:-2]
     assert own.startswith(f"t_{name}{levels[1]:g}")
     np.testing.assert_array_equal(joined(done.out)[own], source["t"][:, 1])
+
+
+def test_levels_without_a_unit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Low ones may be heights, and are asked about; what others are taken for is said."""
+    low = write(on_levels([50, 100]), tmp_path / "low.nc")
+    prepare(low, tmp_path / "out")
+    assert "which has no unit: state it with the option units level=hPa if it is one" in caplog.text
+    done = prepare(low, tmp_path / "hpa", units={"level": "hPa"})
+    np.testing.assert_array_equal(joined(done.out)["temperature_50"], on_levels([50, 100])["t"][:, 0])
+    high = write(on_levels([50, 500]), tmp_path / "high.nc")
+    prepare(high, tmp_path / "high")
+    assert "levels 50, 500 name no unit and are taken as hPa" in caplog.text
+    done = prepare(high, tmp_path / "m", units={"level": "m"}, variables=["t"])
+    assert done.variables[:2] == ("t_level50m", "t_level500m")
 
 
 def test_every_level_that_is_no_pressure_under_its_own_name(tmp_path: Path) -> None:
@@ -123,6 +140,15 @@ def test_lengths_are_no_places(tmp_path: Path, unit: str | None) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("first", [0.0, -0.5])
+def test_a_plane_of_a_few_kilometres(tmp_path: Path, first: float) -> None:
+    y, x = (3.0 * (np.arange(size) + first * (size - 1)) for size in (HEIGHT, WIDTH))
+    path = write(placed(y, x, None, None), tmp_path / "s.nc")
+    with pytest.raises(InputError, match="name no unit and may be lengths on a plane: .*lat=degrees lon=degrees"):
+        prepare(path, tmp_path / "out")
+    assert prepare(path, tmp_path / "out", units={"lat": "degrees", "lon": "degrees"}).shape == (HEIGHT, WIDTH)
+
+
 @pytest.mark.parametrize("shift", [-1e-4, 1e-5, 0.0, 359.9999])
 def test_longitudes_in_float32(tmp_path: Path, shift: float) -> None:
     source = world(steps=20, height=9, width=1440 // 8)
@@ -154,6 +180,12 @@ def test_a_quarter_degree_in_float32_goes_round(tmp_path: Path) -> None:
         ("z_500", 1e20),
         ("tisr", -32767.0),
         ("cloud", 1e15),
+        ("cloud", -1e34),
+        ("cloud", 3.4e38),
+        ("cloud", 9999.0),
+        ("cloud", -99.99),
+        ("cloud", 65535.0),
+        ("tisr", -99.0),
     ],
 )
 def test_sentinels_in_any_variable(tmp_path: Path, number: float, name: str) -> None:
@@ -166,6 +198,14 @@ def test_sentinels_in_any_variable(tmp_path: Path, number: float, name: str) -> 
     ):
         prepare(write(source, tmp_path / "s.nc"), tmp_path / "out", variables=[name, "t2m"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "honest",
+    [np.append(np.linspace(0, 9000, 50), 9999.0), np.append(np.zeros(50), 99.0), np.linspace(-99, 99, 50), [9999.0]],
+)
+def test_numbers_that_may_be_true_are_no_sentinels(honest: np.ndarray) -> None:
+    assert sentinel(np.asarray(honest)) is None
 
 
 def test_sentinels_are_seen_before_they_are_averaged(tmp_path: Path) -> None:

@@ -202,9 +202,8 @@ def test_the_sea_at_0_m(tmp_path: Path) -> None:
         source = alps()
         source["orography"][:2, :3] = sea
         path = write(source, tmp_path / f"{sea}.nc")
-        if sea != sea:
-            with pytest.raises(InputError, match='6 missing values.*sea_level_where_missing.*"Geopotential"'):
-                prepare(path, tmp_path / "out")
+        with pytest.raises(InputError, match='6 missing values.*sea_level_where_missing.*"Geopotential"'):
+            prepare(path, tmp_path / "out")
         done = prepare(path, tmp_path / f"out{sea}", sea_level_where_missing=True)
         expected = ground()
         expected[:2, :3] = 0
@@ -233,6 +232,30 @@ def test_grounds_that_differ(tmp_path: Path) -> None:
         prepare(tmp_path / "along", tmp_path / "no")
 
 
+@pytest.mark.parametrize("has", [0, 1])
+def test_ground_in_one_of_several_files_in_time(tmp_path: Path, has: int) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index, part in enumerate((slice(20), slice(20, None))):
+        write(alps().isel(time=part).drop_vars([] if index == has else ["orography"]), folder / f"{index}.nc")
+    same_as(prepare(folder, tmp_path / "out").out, alps())
+
+
+def test_ground_of_another_name_under_a_date_of_its_own(tmp_path: Path) -> None:
+    own = alps().rename(orography="h")[["h"]].expand_dims(time=TIMES[:1])
+    files = [write(alps()[["t2m"]], tmp_path / "t2m.nc"), write(own, tmp_path / "h.nc")]
+    same_as(prepare(files, tmp_path / "out", orography="h").out, alps())
+
+
+def test_a_file_a_time(tmp_path: Path) -> None:
+    """Each says its time without a dimension of it."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for index in range(STEPS):
+        write(alps().isel(time=index), folder / f"{index:02d}.nc")
+    same_as(prepare(folder, tmp_path / "out").out, alps())
+
+
 def test_two_grounds_in_one_file(tmp_path: Path) -> None:
     source = alps()
     source["HSURF"] = source["orography"] + 50
@@ -255,6 +278,9 @@ def test_what_a_low_geopotential_says_of_itself(tmp_path: Path) -> None:
     feet = alps(orography=(GRID, ground() * 6))
     with pytest.raises(InputError, match="too much for metres, and feet or m2 s-2 are possible"):
         prepare(write(feet, tmp_path / "feet.nc"), tmp_path / "out")
+    nameless = alps().drop_vars("orography").assign(z=(GRID, low))
+    with pytest.raises(InputError, match=r"orography \('z' in the source\) .*, e.g. z=m"):
+        prepare(write(nameless, tmp_path / "z.nc"), tmp_path / "out")
 
 
 def test_members(tmp_path: Path) -> None:
@@ -332,6 +358,17 @@ def test_grib_of_mixed_levels_in_several_files(tmp_path: Path, given: str) -> No
         np.testing.assert_allclose(written[name], fields[index][3][:OF_GRIB], atol=1e-4)  # packed into 24 bits
     np.testing.assert_allclose(written["orography"][0], ground(), atol=1e-2)
     assert given != "files" or not prepare(source, tmp_path / "out", shard_steps=8).changed
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_grib_with_ground_of_another_name(tmp_path: Path, apart: bool) -> None:
+    pytest.importorskip("cfgrib")
+    height = np.repeat(ground()[None], STEPS, axis=0)
+    fields = [("2t", "surface", 0, values()), ("lsm", "surface", 0, height * 0), ("mn2t", "surface", 0, height)]
+    path = write_grib(tmp_path / "a.grib", range(OF_GRIB), fields[:1] if apart else fields)
+    own = write_grib(tmp_path / "b.grib", range(1), fields[1:]) if apart else None
+    done = prepare(path, tmp_path / "out", orography="mn2t", constants=own, units={"mn2t": "m"})
+    np.testing.assert_allclose(joined(done.out)["orography"][0], ground(), atol=1e-2)
 
 
 def test_grib_that_is_not_wanted_need_not_fit(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from anybodys_files import GRID, HEIGHT, LAT, LON, T2M, TIMES, WIDTH, alps, grou
 from prepare_data import shard_files, write
 
 from climax_elevation.data.prepare import prepare
-from climax_elevation.data.times import read_times
+from climax_elevation.data.times import read_times, written_date
 from climax_elevation.errors import InputError
 
 
@@ -96,6 +96,22 @@ def test_rounded_times(tmp_path: Path) -> None:
     assert prepare(write(source, tmp_path / "s.nc"), tmp_path / "out").hours_per_step == 6
     with pytest.raises(InputError, match="3599 s"):
         read_times(xr.DataArray(TIMES[0] + np.arange(40) * np.timedelta64(3599, "s"), dims="time"))
+
+
+@pytest.mark.parametrize(
+    ("text", "date"),
+    [
+        ("2000-01-02 06:00", "2000-01-02T06:00"),
+        ("2000-01-02T06Z", "2000-01-02T06"),
+        ("2000-01-02T06:00:00+00:00", "2000-01-02T06:00:00"),
+        ("2000-02-30", "2000-02-30"),
+        ("2000-01-02T06:00+01:00", None),
+        ("2000-13", None),
+        ("2000-01-02Z", None),
+    ],
+)
+def test_dates_as_they_are_written(text: str, date: str | None) -> None:
+    assert written_date(text) == date
 
 
 def test_thirty_days_in_february(tmp_path: Path) -> None:

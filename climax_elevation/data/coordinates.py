@@ -11,6 +11,7 @@ import xarray as xr
 
 from climax_elevation.data.levels import NAMES as LEVELS
 from climax_elevation.data.levels import NOT_PRESSURE, is_pressure
+from climax_elevation.data.times import is_date
 from climax_elevation.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def _by_attributes(part: xr.Dataset, ours: str) -> list[str]:
 
 def _holds_dates(array: xr.DataArray) -> bool:
     values = array.to_numpy()
-    return np.issubdtype(values.dtype, np.datetime64) or (values.size > 0 and hasattr(values.flat[0], "isoformat"))
+    return values.size > 0 and is_date(values.reshape(-1)[0])
 
 
 def in_degrees(part: xr.Dataset, units: Mapping[str, str]) -> xr.Dataset:
@@ -101,7 +102,15 @@ def in_degrees(part: xr.Dataset, units: Mapping[str, str]) -> xr.Dataset:
                 f"{_long(name)} is in {unit!r}, and places are known by degrees: give a file with latitude and "
                 f"longitude in degrees, 1-D, or 2-D on the grid, or state the unit with the option units {name}=degrees"
             )
-    if list(stated.values()) == [None, None] and _may_be_radians(part):
+    if list(stated.values()) != [None, None]:
+        return part
+    if _may_be_lengths(part):
+        raise InputError(
+            f"latitudes from {float(part.lat.min()):g} to {float(part.lat.max()):g} and longitudes from "
+            f"{float(part.lon.min()):g} to {float(part.lon.max()):g} name no unit and may be lengths on a plane: state "
+            "the unit with the option units, lat=degrees lon=degrees, or give latitudes and longitudes"
+        )
+    if _may_be_radians(part):
         raise InputError(
             f"latitudes from {float(part.lat.min()):g} to {float(part.lat.max()):g} and longitudes from "
             f"{float(part.lon.min()):g} to {float(part.lon.max()):g} name no unit and may be radians: state the unit "
@@ -116,6 +125,15 @@ def _stated(units: Mapping[str, str], long: str, coordinate: xr.DataArray) -> st
             return units[str(name)]
     unit = str(coordinate.attrs.get("units", "")).strip()
     return unit or None
+
+
+def _may_be_lengths(part: xr.Dataset) -> bool:
+    """Whether both begin, or have their middle, at 0, and the globe does not."""
+    lat, lon = (part[name].to_numpy().astype(np.float64) for name in ("lat", "lon"))
+    if lat.ndim != 1 or lat.size < 2 or lon.size < 2 or np.abs(lat).max() > 80:
+        return False
+    ends = [sorted((values[0], values[-1])) for values in (lat, lon)]
+    return all(low == 0 for low, _ in ends) or all(np.isclose(low, -high) for low, high in ends)
 
 
 def _may_be_radians(part: xr.Dataset) -> bool:

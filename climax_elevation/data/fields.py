@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from climax_elevation.data.field import ANYTHING, BadDataError, Field, unit_of
 from climax_elevation.data.grid import Grid
-from climax_elevation.data.levels import NOT_PRESSURE, levels_hpa, suffix, told
+from climax_elevation.data.levels import NAMES as LEVELS
+from climax_elevation.data.levels import NOT_PRESSURE, levels_hpa, suffix, tell_unit, told
 from climax_elevation.data.names import (
     CLIMAX_LEVELS_HPA,
     LATITUDE_NAMES,
@@ -28,7 +29,7 @@ __all__ = ["BadDataError", "Field", "Fields", "find_fields"]
 
 logger = logging.getLogger(__name__)
 
-_COORDINATES = ("lat", "lon", "latitude", "longitude")
+_COORDINATES = ("lat", "lon", "latitude", "longitude", *LEVELS)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def find_fields(
     units: Mapping[str, str],
     orography: str | None = None,
     sea_level_where_missing: bool = False,
+    ground: bool = True,
 ) -> Fields:
     """Choose what is written.
 
@@ -67,9 +69,10 @@ def find_fields(
         units: Units by the source's or ClimaX's name, where the source states none or a wrong one.
         orography: The source's name of the orography; None: the first that is known.
         sea_level_where_missing: Whether the orography is 0 m where it is missing.
+        ground: Whether the orography is needed.
 
     Returns:
-        The fields; orography and latitude are always among the constants.
+        The fields; latitude is always among the constants, and orography where it is needed.
 
     Raises:
         InputError: If something wanted is missing or ambiguous, or a unit is unknown.
@@ -110,12 +113,21 @@ def find_fields(
         )
     if left_out:
         logger.info("left out, not among ClimaX's variables or not wanted: %s", ", ".join(left_out))
+    if "level" in dataset.coords and any("level" in field.array.coords for field in chosen.values()):
+        tell_unit(dataset["level"])
     for field in chosen.values():
         _check_dims(field, grid)
     if levels is not None and not any(name.endswith(f"_{level}") for name in chosen for level in levels):
         raise InputError(f"the source has nothing on pressure levels: leave out the option levels {list(levels)}")
     unchanging = find_static(
-        dataset, constants, grid, wanted, units, orography=orography, sea_level_where_missing=sea_level_where_missing
+        dataset,
+        constants,
+        grid,
+        wanted,
+        units,
+        orography=orography,
+        sea_level_where_missing=sea_level_where_missing,
+        ground=ground,
     )
     wanted.check(dataset, orography)
     _check_units_used(units, dataset, constants)

@@ -49,6 +49,8 @@ LAND_SEA_MASK = Variable(
 )
 GROUND = (OROGRAPHY.name, LAND_SEA_MASK.name)
 """What a source tells of the ground, the same at all times."""
+CALLED = "climax_elevation_called"
+"""Attribute with the source's own name of what was renamed before files were merged."""
 LATITUDE_NAMES = ("lattitude", "lat2d")
 """Written from the coordinates, never read. ClimaX's key is really spelled so."""
 

@@ -179,7 +179,11 @@ def prepare(
                 check_ground=constants is None,
             )
         )
-        further = None if constants is None else stack.enter_context(open_source(str(constants), units=units))
+        further = (
+            None
+            if constants is None
+            else stack.enter_context(open_source(str(constants), units=units, orography=orography))
+        )
         identity = {
             "format": _FORMAT,
             "source": fingerprint(sources, dataset),

@@ -11,8 +11,10 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import xarray as xr
 
 from climax_elevation.data.coordinates import KNOWN, in_degrees, name_coordinates
@@ -21,11 +23,12 @@ from climax_elevation.data.grib import SUFFIXES as GRIB_SUFFIXES
 from climax_elevation.data.grib import open_grib
 from climax_elevation.data.levels import NOT_PRESSURE, judged
 from climax_elevation.data.members import one_member
-from climax_elevation.data.names import GROUND, LATITUDE_NAMES, find_variable, is_wanted
+from climax_elevation.data.names import CALLED, GROUND, LATITUDE_NAMES, find_variable, is_wanted
 from climax_elevation.data.optional import require
 from climax_elevation.data.rotated import with_places
 from climax_elevation.data.runs import valid_times, with_durations
 from climax_elevation.data.select import Selection
+from climax_elevation.data.times import is_date
 from climax_elevation.data.together import one_file, one_source
 from climax_elevation.data.winds import partner, to_earth
 from climax_elevation.data.wrf import with_wrf_coordinates
@@ -83,8 +86,9 @@ def open_source(
         opened += parts
         names.update(dict.fromkeys(str(name) for part in parts for name in part.data_vars))
         # a part that is not wanted need not be one that can be read
-        narrow = _keeps(wanted) if len(parts) > 1 or (wanted is not None and len(files) > 1) else None
-        tidied = [_tidy(part, selection, units or {}, narrow) for part in parts]
+        narrow = _keeps(wanted, orography) if len(parts) > 1 or (wanted is not None and len(files) > 1) else None
+        asked = _Asked(selection, units or {}, wanted, orography)
+        tidied = [_tidy(part, asked, narrow) for part in parts]
         usable = [part for part in tidied if part is not None]
         if usable:
             whole.append((str(file), one_file(str(file), usable)))
@@ -229,9 +233,22 @@ def open_netcdf(path: Path, chunks: Mapping[str, int] | None = None) -> xr.Datas
         raise InputError(f"cannot open {path} as netCDF: {_sentence(error)}") from error
 
 
-def _tidy(
-    part: xr.Dataset, selection: Selection, units: Mapping[str, str], keeps: Callable[[str], bool] | None
-) -> xr.Dataset | None:
+@dataclass(frozen=True)
+class _Asked:
+    """Options of `open_source`, as it takes them."""
+
+    selection: Selection
+    units: Mapping[str, str]
+    wanted: Sequence[str] | None
+    orography: str | None
+
+    def is_ground(self, name: str) -> bool:
+        """Whether a variable without levels is the same at all times."""
+        variable = find_variable(name, has_levels=False)
+        return name == self.orography or (variable is not None and variable.name in GROUND)
+
+
+def _tidy(part: xr.Dataset, asked: _Asked, keeps: Callable[[str], bool] | None) -> xr.Dataset | None:
     """Common names for coordinates and for the surface geopotential; no leftovers of length 1.
 
     Returns:
@@ -242,12 +259,12 @@ def _tidy(
         part = _narrow(part, keeps)
         if not part.data_vars:
             return None
-    chosen = selection(judged(part))
+    chosen = asked.selection(judged(part, asked.units))
     if chosen is None:
         return None
     part = valid_times(_squeeze(one_member(chosen)))
-    part = in_degrees(name_coordinates(with_places(part)), units)
-    part = _static(part)
+    part = in_degrees(name_coordinates(with_places(part)), asked.units)
+    part = _static(_along_its_time(part, asked), asked)
     along = {name for array in part.data_vars.values() for name in array.dims}
     kept = {"time", "level", "lat", "lon", NOT_PRESSURE, *along}
     scalar = {name for name in ("time", "lat", "lon") if name in part.coords and not part[name].dims}
@@ -266,7 +283,7 @@ def _places(part: xr.Dataset) -> list[xr.DataArray]:
     return [array for array in part.coords.values() if array.ndim > 1]
 
 
-def _keeps(wanted: Sequence[str] | None) -> Callable[[str], bool]:
+def _keeps(wanted: Sequence[str] | None, orography: str | None) -> Callable[[str], bool]:
     """Whether a variable is wanted, or needed for what is: the ground, places, the other wind of a pair."""
 
     def keeps(name: str) -> bool:
@@ -274,6 +291,7 @@ def _keeps(wanted: Sequence[str] | None) -> Callable[[str], bool]:
         other = partner(name)
         return (
             is_wanted(name, wanted)
+            or name == orography
             or name.lower() in _ALWAYS
             or (static is not None and static.name in GROUND)
             or (other is not None and wanted is not None and is_wanted(other, wanted))
@@ -300,13 +318,30 @@ def _squeeze(dataset: xr.Dataset) -> xr.Dataset:
     )
 
 
-def _static(dataset: xr.Dataset) -> xr.Dataset:
+def _along_its_time(dataset: xr.Dataset, asked: _Asked) -> xr.Dataset:
+    """States of one time, which is a coordinate without a dimension, along a time axis."""
+    moments = [dataset[name] for name in ("valid_time", "time") if name in dataset.coords and not dataset[name].dims]
+    if "time" in dataset.dims or not moments or not is_date(moments[0].to_numpy()[()]):
+        return dataset
+    changing = {
+        name: array
+        for name, array in dataset.data_vars.items()
+        if array.dims and ("level" in array.coords or not asked.is_ground(str(name)))
+    }
+    if not any(is_wanted(str(name), asked.wanted) for name in changing):
+        return dataset  # static fields are often filed under one meaningless date
+    time = np.atleast_1d(moments[0].to_numpy())
+    dataset = dataset.drop_vars([moment.name for moment in moments])
+    # in chunks, so that nothing is read yet
+    return dataset.assign({name: dataset[name].chunk().expand_dims(time=time) for name in changing})
+
+
+def _static(dataset: xr.Dataset, asked: _Asked) -> xr.Dataset:
     # Static fields are often filed under one meaningless date.
     if dataset.sizes.get("time") != 1:
         return dataset
     for name, values in dataset.data_vars.items():
-        variable = find_variable(str(name), has_levels=False)
-        if variable is not None and variable.name in GROUND and "time" in values.dims:
+        if asked.is_ground(str(name)) and "time" in values.dims and "level" not in values.coords:
             dataset[name] = values.isel(time=0, drop=True)
     return dataset if any("time" in values.dims for values in dataset.data_vars.values()) else dataset.drop_dims("time")
 
@@ -318,6 +353,7 @@ def _surface(dataset: xr.Dataset) -> xr.Dataset:
             continue
         if "level" not in dataset[name].coords and len(set(dataset[name].dims) - {"time"}) == 2:
             dataset = dataset.rename({name: _SURFACE})
+            dataset[_SURFACE] = dataset[_SURFACE].assign_attrs({CALLED: name})
     return dataset
 
 

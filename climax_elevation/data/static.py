@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from climax_elevation.data.field import Field, unit_of
 from climax_elevation.data.grid import Grid
-from climax_elevation.data.names import HIGHEST_GROUND_M, LAND_SEA_MASK, OROGRAPHY, Variable, conversion, find_variable
+from climax_elevation.data.names import (
+    CALLED,
+    HIGHEST_GROUND_M,
+    LAND_SEA_MASK,
+    OROGRAPHY,
+    Variable,
+    conversion,
+    find_variable,
+)
 from climax_elevation.data.sentinels import without_sentinels
 from climax_elevation.errors import InputError
 
@@ -32,6 +40,11 @@ class _Static:
     name: str
     array: xr.DataArray
 
+    @property
+    def called(self) -> str:
+        """The source's own name."""
+        return str(self.array.attrs.get(CALLED, self.name))
+
 
 def find_static(
     dataset: xr.Dataset,
@@ -42,6 +55,7 @@ def find_static(
     *,
     orography: str | None,
     sea_level_where_missing: bool,
+    ground: bool,
 ) -> dict[str, NDArray[np.float32]]:
     """Land-sea mask where there is one, orography, and latitude, each `[H, W]`.
 
@@ -49,10 +63,11 @@ def find_static(
         dataset: The source, coordinates named `time`, `level`, `lat`, `lon`.
         constants: Another source on the same grid, which is looked at first, or None.
         grid: Where the values go.
-        wanted: Whether a variable of these names is wanted; the orography always is.
+        wanted: Whether a variable of these names is wanted.
         units: Units by the source's or ClimaX's name, where the source states none or a wrong one.
         orography: The source's name of the orography; None: the first that is known.
         sea_level_where_missing: Whether the orography is 0 m where it is missing.
+        ground: Whether the orography is wanted.
 
     Raises:
         InputError: If there is no orography, or several that differ, or one that changes in time, is no height, or has
@@ -63,6 +78,19 @@ def find_static(
     mask = _find(places, LAND_SEA_MASK)
     if mask is not None and wanted(mask.name, LAND_SEA_MASK.name):
         found[LAND_SEA_MASK.name] = _read(mask, LAND_SEA_MASK, grid, units)
+    if ground:
+        found[OROGRAPHY.name] = _orography(places, grid, units, orography, sea_level_where_missing)
+    found["lattitude"] = grid.lat2d.astype(np.float32)
+    return found
+
+
+def _orography(
+    places: Sequence[xr.Dataset],
+    grid: Grid,
+    units: Mapping[str, str],
+    orography: str | None,
+    sea_level_where_missing: bool,
+) -> NDArray[np.float32]:
     ground = _find(places, OROGRAPHY) if orography is None else _named(places, orography)
     if ground is None:
         raise InputError(
@@ -70,11 +98,10 @@ def find_static(
         )
     if sea_level_where_missing:
         ground = _Static(ground.name, _at_sea_level(ground))
-    found[OROGRAPHY.name] = _read(ground, OROGRAPHY, grid, units)
+    values = _read(ground, OROGRAPHY, grid, units)
     if orography is None:
-        _compare(ground, places, found[OROGRAPHY.name], grid, units)
-    found["lattitude"] = grid.lat2d.astype(np.float32)
-    return found
+        _compare(ground, places, values, grid, units)
+    return values
 
 
 def is_static(called: str, array: xr.DataArray) -> bool:
@@ -124,44 +151,47 @@ def _candidates(places: Sequence[xr.Dataset], grid: Grid) -> str:
         str(name): str(array.attrs.get("units", "no unit"))
         for place in places
         for name, array in place.data_vars.items()
-        if set(array.dims) == set(grid.dims) and np.issubdtype(array.dtype, np.number)
+        if find_variable(str(name), has_levels=False) is None
+        and set(array.dims) - {"time"} == set(grid.dims)
+        and array.sizes.get("time", 1) == 1
+        and np.issubdtype(array.dtype, np.number)
     }
     if not fields:
-        return "nor any field without a time"
+        return "nor any field without a time; another name is given with the option orography"
     told = ", ".join(f"{name} [{unit}]" for name, unit in fields.items())
     return f"if it is one of {told}, say so with the option orography"
 
 
 def _at_sea_level(ground: _Static) -> xr.DataArray:
-    array = _unchanging(ground.name, ground.array) if "time" in ground.array.dims else ground.array
-    array = without_sentinels(array)
+    array = without_sentinels(_unchanging(ground))
     missing = int(array.isnull().sum())
-    logger.info("%r is missing at %d of %d places: 0 m there", ground.name, missing, array.size)
+    logger.info("%r is missing at %d of %d places: 0 m there", ground.called, missing, array.size)
     return array.fillna(0.0)
 
 
 def _read(found: _Static, variable: Variable, grid: Grid, units: Mapping[str, str]) -> NDArray[np.float32]:
     array = found.array
     if not set(grid.dims) <= set(array.dims) <= {"time", *grid.dims}:
-        raise InputError(f"{found.name!r} is not on the grid {grid.dims}, but on {array.dims}")
-    if "time" in array.dims:
-        array = _unchanging(found.name, array)
+        raise InputError(f"{found.called!r} is not on the grid {grid.dims}, but on {array.dims}")
+    array = _unchanging(found)
+    if variable is OROGRAPHY:
+        array = without_sentinels(array)  # before its largest value says what unit it is in
     names = (variable.name, found.name, *_ours(found.name))
     unit = unit_of(names, array, units)
     if variable is OROGRAPHY:
-        unit = _unit_of_ground(found.name, array, unit, given=any(name in units for name in names))
-    field = Field(variable.name, found.name, array, conversion(variable, unit, found.name), variable.valid)
+        unit = _unit_of_ground(found.called, array, unit, given=any(name in units for name in names))
+    field = Field(variable.name, found.called, array, conversion(variable, unit, found.called), variable.valid)
     if field.linear != (1.0, 0.0):
-        logger.info("%s: %r in %s times %g gives ClimaX's unit", field.name, found.name, unit, field.linear[0])
+        logger.info("%s: %r in %s times %g gives ClimaX's unit", field.name, found.called, unit, field.linear[0])
     values = field.read(grid)
     if variable is OROGRAPHY and not np.isfinite(values).all():
         raise InputError(
-            f"orography ({found.name!r} in the source) has {int((~np.isfinite(values)).sum())} missing values: where "
+            f"orography ({found.called!r} in the source) has {int((~np.isfinite(values)).sum())} missing values: where "
             f"that is the sea, the option sea_level_where_missing makes it 0 m; without gaps, {_DOWNLOAD}"
         )
     field.check(values, ())
     if variable is OROGRAPHY:
-        logger.info("orography from %r: %.0f to %.0f m", found.name, values.min(), values.max())
+        logger.info("orography from %r: %.0f to %.0f m", found.called, values.min(), values.max())
     return values[0]
 
 
@@ -204,9 +234,7 @@ def _why(geopotential: bool, highest: float) -> str:
 
 def _says_geopotential(called: str, array: xr.DataArray) -> bool:
     said = [str(array.attrs.get(key, "")).lower().replace("_", " ") for key in ("standard_name", "long_name")]
-    # a bare `z` was renamed before files were merged, so that this name tells nothing
-    named = called.lower() in _GEOPOTENTIALS and called != "geopotential_at_surface"
-    return named or any(text in ("geopotential", "surface geopotential") for text in said)
+    return called.lower() in _GEOPOTENTIALS or any(text in ("geopotential", "surface geopotential") for text in said)
 
 
 def _compare(
@@ -220,22 +248,25 @@ def _compare(
             try:
                 theirs = _read(other, OROGRAPHY, grid, units)
             except InputError:
-                logger.info("orography taken from %r, not from %r", ground.name, other.name)
+                logger.info("orography taken from %r, not from %r", ground.called, other.called)
                 continue
             apart = float(np.abs(theirs - values).max())
             if apart > _PACKED * float(np.abs(values).max()) and place is _holder(places, ground):
                 raise InputError(
-                    f"{ground.name!r} and {other.name!r} may both be the orography, and differ by up to {apart:.0f} m: "
-                    "say which with the option orography"
+                    f"{ground.called!r} and {other.called!r} may both be the orography, and differ by up to "
+                    f"{apart:.0f} m: say which with the option orography"
                 )
-            logger.info("orography taken from %r, not from %r, up to %.3g m apart", ground.name, other.name, apart)
+            logger.info("orography taken from %r, not from %r, up to %.3g m apart", ground.called, other.called, apart)
 
 
 def _holder(places: Sequence[xr.Dataset], ground: _Static) -> xr.Dataset | None:
     return next((place for place in places if ground.name in place.data_vars), None)
 
 
-def _unchanging(called: str, array: xr.DataArray) -> xr.DataArray:
+def _unchanging(found: _Static) -> xr.DataArray:
+    called, array = found.called, found.array
+    if "time" not in array.dims:
+        return array
     first = array.isel(time=0)
     scale = float(np.abs(first).max()) or 1.0
     # Compared where a file begins, in the middle and at the end, because reading all would take as long as writing.

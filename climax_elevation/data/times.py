@@ -66,6 +66,11 @@ class Shard:
         return self.stop - self.start - (self.repeats or 0)
 
 
+def is_date(value: Any) -> bool:
+    """Whether a coordinate's value is a date, of any calendar."""
+    return isinstance(value, np.datetime64) or hasattr(value, "isoformat")
+
+
 def dates(time: xr.DataArray) -> tuple[NDArray[Any], tuple[str, ...]]:
     """Times of any calendar, to the second, `[N]`, and the same as ISO 8601; InputError if they are no dates."""
     values = time.to_numpy()
@@ -76,7 +81,7 @@ def dates(time: xr.DataArray) -> tuple[NDArray[Any], tuple[str, ...]]:
             )
         values = (values.astype("datetime64[ms]") + np.timedelta64(500, "ms")).astype("datetime64[s]")
         stamps = tuple(str(stamp) for stamp in np.datetime_as_string(values, unit="s"))
-    elif len(values) and hasattr(values[0], "isoformat"):  # a calendar without leap years, say
+    elif len(values) and is_date(values[0]):  # a calendar without leap years, say
         values = np.array([(value + timedelta(milliseconds=500)).replace(microsecond=0) for value in values])
         stamps = tuple(value.isoformat() for value in values)
     else:
@@ -164,10 +169,17 @@ def split(axis: TimeAxis, val_from: str | None, test_from: str | None) -> dict[s
     return {part: range(*ends) for part, ends in zip(PARTITIONS, pairwise(bounds), strict=True)}
 
 
+def written_date(text: str) -> str | None:
+    """A year or date as stamps begin with it, of UTC; None: it is none."""
+    date = re.sub(r"(?<=:\d\d|T\d\d)(Z|\+00:?00)$", "", text.strip().replace(" ", "T"))
+    return date if _DATE.fullmatch(date) else None
+
+
 def _date(text: str) -> str:
-    if not _DATE.fullmatch(text):
+    date = written_date(text)
+    if date is None:
         raise InputError(f"{text!r} is not a year or an ISO date such as 2000 or 2000-06-01")
-    return text
+    return date
 
 
 def plan_shards(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import suppress
 
 import numpy as np
 import xarray as xr
 
 from climax_elevation.data.levels import levels_hpa
-from climax_elevation.data.names import GROUND, find_variable
+from climax_elevation.data.names import CALLED, GROUND, find_variable
 from climax_elevation.data.select import listed
 from climax_elevation.errors import InputError
 
@@ -53,21 +54,39 @@ def one_source(files: Sequence[tuple[str, xr.Dataset]], *, check_ground: bool) -
     _check_units(files)
     if check_ground:
         _check_static(files)
+    parts = [part for _, part in files]
     try:
-        combined = xr.combine_by_coords(
-            [part for _, part in files],
-            join="exact",
-            data_vars="minimal",
-            coords="minimal",
-            compat="override",
-            combine_attrs="override",
-        )
-        return combined if isinstance(combined, xr.Dataset) else combined.to_dataset()
+        return _combined(parts)
     except (ValueError, KeyError) as error:
+        apart = [_split(part) for part in parts]
+        if any(static for _, static in apart):
+            with suppress(ValueError, KeyError):
+                # files one after another in time, of which some have the ground
+                changing = _combined([part for part, _ in apart if part.data_vars])
+                grounds = [part[list(static)] for part, (_, static) in zip(parts, apart, strict=True) if static]
+                return xr.merge([changing, *grounds], join="exact", compat="override", combine_attrs="override")
         said = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
             f"the {len(files)} files from {files[0][0]} to {files[-1][0]} do not fit together: {said}"
         ) from error
+
+
+def _combined(parts: Sequence[xr.Dataset]) -> xr.Dataset:
+    combined = xr.combine_by_coords(
+        parts,
+        join="exact",
+        data_vars="minimal",
+        coords="minimal",
+        compat="override",
+        combine_attrs="override",
+    )
+    return combined if isinstance(combined, xr.Dataset) else combined.to_dataset()
+
+
+def _split(part: xr.Dataset) -> tuple[xr.Dataset, Sequence[Hashable]]:
+    """What changes in time, and the names of what does not."""
+    static = [name for name, array in part.data_vars.items() if "time" not in array.dims]
+    return part.drop_vars(static), static
 
 
 def _by_own_name(file: str, parts: Sequence[xr.Dataset]) -> list[xr.Dataset]:
@@ -145,8 +164,8 @@ def _check_static(files: Sequence[tuple[str, xr.Dataset]]) -> None:
             apart = float(np.abs(first.to_numpy() - values.to_numpy()).max(initial=0, where=_both(first, values)))
             if apart > _PACKED * float(np.abs(first).max()) or bool((first.isnull() != values.isnull()).any()):
                 raise InputError(
-                    f"{name} is not the same in {where} and in {file} (they differ by up to {apart:g}), and the ground "
-                    "has one height: give one with the option constants"
+                    f"{values.attrs.get(CALLED, name)} is not the same in {where} and in {file} (they differ by up to "
+                    f"{apart:g}), and the ground has one height: give one with the option constants"
                 )
 
 

@@ -65,7 +65,7 @@ class Forecast:
 
 def forecast(
     run: str | Path | LoadedRun,
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     checkpoint: str | Path | None = None,
@@ -84,7 +84,7 @@ def forecast(
 
     Args:
         run: Folder of a finished or running training, of either host; or from `load_run`.
-        source: netCDF, Zarr or GRIB, as `prepare` takes it, on the run's grid.
+        source: netCDF, Zarr or GRIB, as `prepare` takes it, one or several, on the run's grid.
         out: File to write, which does not exist.
         checkpoint, data, climax: As `load_run` takes them.
         start: Times to forecast from: "last" or "all" of the source; a year or ISO date, for all times in
@@ -104,6 +104,7 @@ def forecast(
         InputError: For every mistake in run, source or options, in one sentence; nothing is written then.
     """
     out = Path(out)
+    sources = [str(source)] if isinstance(source, str | Path) else [str(one) for one in source]
     if steps < 1:
         raise InputError(f"steps is 1 or more, not {steps}")
     if out.exists():
@@ -115,14 +116,14 @@ def forecast(
     _announce(loaded, bias_scale)
     check_others(loaded, steps, others)
     further = None if constants is None else str(constants)
-    with open_states(loaded, str(source), constants=further, units=units, select=select, time=start[0]) as states:
+    with open_states(loaded, sources, constants=further, units=units, select=select, time=start[0]) as states:
         starts = states.starts(start)
         if others == "source":
             check_times(states, starts, steps)
         stamps = [states.stamps[index] for index in starts]
         logger.info("forecasting from %s", _listed(stamps))
         asked = steps > 1 and bool(not_forecast(loaded))
-        attributes = _attributes(loaded, str(source), bias_scale, others if asked else None)
+        attributes = _attributes(loaded, ", ".join(sources), bias_scale, others if asked else None)
         with loaded.scaled(bias_scale), writing(out, states, starts, steps, attributes) as output:
             last = _write(states, starts, steps, others, output)
         shown = None if variable is None else _shown(states, starts[-1], steps, others, variable, last, bias_scale)

@@ -17,7 +17,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from climax_elevation.data.fields import Field, find_fields
+from climax_elevation.data.fields import BadDataError, Field, find_fields
 from climax_elevation.data.grid import SAME_PLACE_DEG, Grid, degrees_apart, read_grid, same_places
 from climax_elevation.data.names import (
     CLIMAX_LEVELS_HPA,
@@ -27,10 +27,9 @@ from climax_elevation.data.names import (
     OROGRAPHY,
     find_variable,
 )
-from climax_elevation.data.optional import require
 from climax_elevation.data.record import RECORD
 from climax_elevation.data.source import open_source
-from climax_elevation.data.times import dates
+from climax_elevation.data.times import dates, written_date
 from climax_elevation.errors import InputError
 from climax_elevation.files import load_npz
 from climax_elevation.forecast.loaded import Array, LoadedRun
@@ -42,7 +41,6 @@ STATIC = (*GROUND, *LATITUDE_NAMES)
 GROUND_MAY_DIFFER_M = 1.0
 HOURS_PER_MONTH = 730.5
 MONTHS_MAY_DIFFER = 0.02  # months have no fixed length: of a lead time in hours, its distance from whole ones
-DATE = re.compile(r"\d{4}(-\d\d(-\d\d(T\d\d(:\d\d(:\d\d)?)?)?)?)?")
 ALL, LAST = "all", "last"
 
 
@@ -79,6 +77,8 @@ class States:
         field = self.fields[name]
         try:
             values = np.concatenate([field.read(self.grid, start, stop) for start, stop in _stretches(indices)])
+        except BadDataError as error:  # what else it advises is an option of `prepare`
+            raise InputError(f"{str(error).rpartition(': ')[0]}: fill them") from error
         except (OSError, RuntimeError) as error:  # RuntimeError: netCDF4's word for a damaged file
             raise InputError(f"cannot read {field.called!r} from the source ({error})") from error
         self._check(field, values, indices)
@@ -134,7 +134,7 @@ class States:
 @contextmanager
 def open_states(
     run: LoadedRun,
-    source: str,
+    source: Sequence[str],
     *,
     constants: str | None = None,
     units: Mapping[str, str] | None = None,
@@ -145,7 +145,7 @@ def open_states(
 
     Args:
         run: Its variables are looked for, and its grid.
-        source: netCDF, Zarr or GRIB, as `prepare` takes it.
+        source: netCDF, Zarr or GRIB, as `prepare` takes it, one or several.
         constants: A further file on the same grid, with orography and land-sea mask.
         units: Unit by variable, where the source names none or a wrong one.
         select: Value by coordinate, where the source has several runs or members.
@@ -158,6 +158,7 @@ def open_states(
     # as the run's data were made of such a source
     options = record.get("options", {})
     regrid, orography = options.get("regrid"), options.get("orography")
+    told = ", ".join(source)
     with ExitStack() as stack:
         opened = open_source(
             source,
@@ -168,31 +169,34 @@ def open_states(
             orography=orography,
             check_ground=constants is None,
         )
-        dataset = _timed(stack.enter_context(opened), source, time)
-        further = None if constants is None else stack.enter_context(open_source(constants, units=units))
+        dataset = _timed(stack.enter_context(opened), told, time)
+        further = None
+        if constants is not None:
+            further = stack.enter_context(open_source(constants, units=units, orography=orography))
         times, stamps = _read_times(dataset["time"])
-        dataset, grid = _on_grid(dataset, run, f"the source {source}", regrid)
+        dataset, grid = _on_grid(dataset, run, f"the source {told}", regrid)
         if further is not None:
             further, _ = _on_grid(further, run, f"the file of constants {constants}", regrid)
-        named = orography if orography in dataset.data_vars else None
-        own = _own_ground(run, [dataset] if further is None else [dataset, further], named)
+        places = [dataset] if further is None else [dataset, further]
+        named = orography if any(orography in place.data_vars for place in places) else None
+        own = _own_ground(run, places, named)
         wanted = [name for name in run.variables if name not in own]
-        constant = further if OROGRAPHY.name in wanted else _with_level_ground(dataset, further, grid)
         levels = _levels(wanted, dataset)
         with _advice_of_forecasts(wanted):
             found = find_fields(
                 dataset,
-                constant,
+                further,
                 grid,
                 variables=wanted,
                 levels=levels,
                 units=units or {},
                 orography=named,
                 sea_level_where_missing=bool(options.get("sea_level_where_missing")),
+                ground=OROGRAPHY.name in wanted,
             )
         missing = [name for name in wanted if name not in found.names]
         if missing:
-            raise InputError(f"the run's input has {', '.join(missing)}, and {source} has not: give a source that has")
+            raise InputError(f"the run's input has {', '.join(missing)}, and {told} has not: give a source that has")
         if OROGRAPHY.name in wanted:
             _check_ground(run, found.constant[OROGRAPHY.name])
         months = _months(stamps if len(stamps) > 1 else _stamps_of(record), run.lead_hours)
@@ -240,15 +244,19 @@ def _stretches(indices: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _date(text: str) -> str:
-    try:
-        if not DATE.fullmatch(text):
-            raise ValueError
-        np.datetime64(text)
-    except ValueError:
+    date = written_date(text)
+    if date is None:
         raise InputError(
-            f"start is {ALL!r}, {LAST!r}, a year or an ISO date such as 2000 or 2000-06-01T12, not {text!r}"
-        ) from None
-    return text
+            f"start is {ALL!r}, {LAST!r}, a year or an ISO date of UTC such as 2000 or 2000-06-01T12, not {text!r}"
+        )
+    return date
+
+
+def _moment(text: str) -> np.datetime64:
+    try:
+        return np.datetime64(_date(text), "ns")
+    except ValueError as error:
+        raise InputError(f"start {text}: {error}") from error
 
 
 def _timed(dataset: xr.Dataset, source: str, time: str | None) -> xr.Dataset:
@@ -258,41 +266,13 @@ def _timed(dataset: xr.Dataset, source: str, time: str | None) -> xr.Dataset:
     changing = {name: array for name, array in dataset.data_vars.items() if not _is_static(str(name), array)}
     if not changing:
         raise InputError(f"{source} has nothing that changes in time, only {', '.join(map(str, dataset.data_vars))}")
-    stated = _stated_time(source)
-    if stated is not None:
-        moment = np.atleast_1d(stated)
-    elif time is not None and DATE.fullmatch(time):
-        moment = np.array([np.datetime64(_date(time), "ns")])
-    else:
+    if time in (None, ALL, LAST):
         raise InputError(
             f"{source} states no time: say which one it is of with --start, an ISO date such as 2020-01-01T06"
         )
+    moment = np.array([_moment(str(time))])
     changing = {name: array.expand_dims(time=moment) for name, array in changing.items()}
     return dataset.assign_coords(time=moment).assign(changing)
-
-
-def _stated_time(source: str) -> NDArray[Any] | None:
-    """The one time of a source without a time axis, for which its values are; None: it states none, or several."""
-    moments: dict[str, NDArray[Any]] = {}
-    with ExitStack() as stack:
-        for part in _parts(source):
-            stack.callback(part.close)
-            here = [part[name] for name in ("valid_time", "time") if name in part.coords and not part[name].dims]
-            moments |= {str(moment.to_numpy()): moment.to_numpy() for moment in here[:1]}
-    return next(iter(moments.values())) if len(moments) == 1 else None
-
-
-def _parts(source: str) -> list[xr.Dataset]:
-    """A source as its own library sees it: `open_source` gives data sets of one state no time."""
-    try:
-        if not Path(source).is_file():
-            return [xr.open_zarr(source, chunks=None)]
-        with open(source, "rb") as file:
-            if file.read(4) != b"GRIB":
-                return [xr.open_dataset(source)]
-        return list(require("cfgrib", "grib", "reading GRIB").open_datasets(source, backend_kwargs={"indexpath": ""}))
-    except (OSError, ValueError, KeyError, ImportError, EOFError):
-        return []  # of a kind that only `open_source` knows
 
 
 def _is_static(name: str, array: xr.DataArray) -> bool:
@@ -443,15 +423,6 @@ def _own_constants(run: LoadedRun, names: Sequence[str]) -> dict[str, Array]:
         return {}
     arrays = load_npz(shards[0], "prepare the run's data again", names)
     return {name: values[0, 0] for name, values in arrays.items() if values.shape[-2:] == run.shape}
-
-
-def _with_level_ground(dataset: xr.Dataset, further: xr.Dataset | None, grid: Grid) -> xr.Dataset | None:
-    """The file of constants, with an orography that no one reads: `find_fields` insists on one."""
-    there = [place for place in (dataset, further) if place is not None]
-    if any(_has(place, OROGRAPHY.name) for place in there):
-        return further
-    zeros = np.zeros([dataset.sizes[dim] for dim in grid.dims], dtype=np.float32)
-    return (xr.Dataset() if further is None else further).assign({OROGRAPHY.name: (grid.dims, zeros, {"units": "m"})})
 
 
 def _check_ground(run: LoadedRun, orography_m: Array) -> None:
