@@ -1,6 +1,7 @@
 """RidgeBias: one wall by hand, a plain loop, the dateline, the poles, and what is kept on disk."""
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -245,13 +246,11 @@ def test_curved_grids_take_straight_lines_of_the_grid():
     assert not torch.equal(path_excess(terrain).half_metres, path_excess(plane).half_metres)
 
 
-def test_eight_thousand_patches_in_under_a_minute():
-    import time
-
+def test_eight_thousand_patches_in_under_a_minute_of_one_core():
     terrain = global_terrain((64, 128), dtype=torch.float32)
-    started = time.perf_counter()
+    started = time.process_time()  # whatever else the machine does
     excess = path_excess(terrain).half_metres
-    assert time.perf_counter() - started < 60
+    assert time.process_time() - started < 60
     assert excess.dtype == torch.int16
     assert excess.shape == (8192, 8192)
     assert torch.equal(excess[:64, :64], excess[:64, :64].T)
