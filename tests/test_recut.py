@@ -352,6 +352,8 @@ def test_killed_half_way_there_is_no_folder_and_the_same_command_makes_it(whole,
     program = (
         "import os, signal, sys\n"
         "from climax_elevation.cli import main\n"
+        # tests that a shell runs in the background ignore Ctrl-C, and so would what they start
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "fsync, written = os.fsync, []\n"
         "def kill(descriptor):\n"
         "    fsync(descriptor)\n"
