@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_data
+import torch
 from test_launch import ON, check_run, forecasting, launched
 
 from climax_elevation import InputError
@@ -86,3 +87,20 @@ def test_what_is_read_otherwise_is_refused(climax, module):
 def test_an_unknown_reader(no_climax):
     with pytest.raises(InputError, match="unknown reader 'fast'; available: climax, plugin"):
         train("global_forecast", None, [], reader="fast")
+
+
+def test_a_run_goes_on_within_an_epoch(climax, uneven, tmp_path):
+    """Six batches an epoch, stopped after the eighth; without dropout, whose random numbers are no reader's."""
+    pytest.importorskip("torchvision")
+    drop = ["--model.net.init_args.drop_rate=0.0", "--model.net.init_args.drop_path=0.0"]
+    kept = ["--trainer.callbacks+=pytorch_lightning.callbacks.ModelCheckpoint", "--trainer.callbacks.save_top_k=-1"]
+    kept += ["--trainer.callbacks.every_n_train_steps=1", "--trainer.callbacks.filename=at-{step}"]
+
+    def run(out, *more):
+        train("global_forecast", climax, [*forecasting(uneven, out, epochs=3), *drop, *kept, *more], reader="plugin")
+        return torch.load(next(out.rglob("last.ckpt")), weights_only=True)
+
+    whole = run(tmp_path / "whole")
+    resumed = run(tmp_path / "resumed", f"--ckpt_path={next((tmp_path / 'whole').rglob('at-step=8.ckpt'))}")
+    assert resumed["global_step"] == whole["global_step"] == 18
+    torch.testing.assert_close(resumed["state_dict"], whole["state_dict"], rtol=0, atol=0)
