@@ -122,4 +122,4 @@ def test_the_peak_of_real_steps(engine):
     run = [sys.executable, "-c", PEAK, engine]
     done = subprocess.run(run, env=os.environ | own, capture_output=True, text=True, timeout=300, check=True)
     estimated, measured = map(int, done.stdout.split())
-    assert estimated == pytest.approx(measured, rel=0.15)
+    assert 0.8 * measured < estimated < 1.05 * measured
