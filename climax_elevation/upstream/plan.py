@@ -10,14 +10,15 @@ from typing import Any
 from pytorch_lightning import Trainer
 from torch import nn
 
+from climax_elevation.attention import ENGINES
 from climax_elevation.block import TerrainBlock
 from climax_elevation.data.shares import Share
 from climax_elevation.seam import TerrainSeam
+from climax_elevation.training import variables_of
+from climax_elevation.upstream.memory import kept_by_bias, kept_by_network, of_weights
 from climax_elevation.upstream.schedule import announced
 
 MIB = 2**20
-BYTES_A_WEIGHT = 16  # itself, its gradient and Adam's two moments, in float32
-SCORES_KEPT = 2  # logits and weights, which plain attention keeps for backward
 
 _wanted: ContextVar[bool] = ContextVar("plan alone", default=False)
 
@@ -60,9 +61,8 @@ def _lines(trainer: Any, module: nn.Module, datamodule: Any, shares: Sequence[Sh
     )
     yield from announced(trainer, shares, processes, batch_size)
     yield f"tokens: {tokens} a sample, {tokens * batch_size} a step and process"
-    weights = [parameter.numel() for parameter in module.parameters()]
-    yield f"parameters: {sum(weights)}, {sum(weights) * BYTES_A_WEIGHT / MIB:.1f} MiB with gradients and Adam's moments"
-    yield from _memory(net, blocks, tokens, batch_size)
+    yield f"parameters: {sum(parameter.numel() for parameter in module.parameters())}"
+    yield from _memory(trainer, module, datamodule, blocks, processes)
     for name, folder in _folders(trainer):
         yield f"{name}: {folder}"
 
@@ -76,21 +76,35 @@ def _bias(net: Any, blocks: Sequence[tuple[int, TerrainBlock]], tokens: int) -> 
     return f"{kinds} in blocks {places} of {len(net.blocks)}, engine {engines}"
 
 
-def _memory(net: Any, blocks: Sequence[tuple[int, TerrainBlock]], tokens: int, batch_size: int) -> Iterator[str]:
-    """What attention with a bias keeps for backward on each device, in float32, by engine."""
-    if not blocks:
-        return
-    heads = int(net.blocks[0].attn.num_heads)
-    seam: TerrainSeam = net.terrain
-    samples = 1 if seam.static_terrain or "elevation_m" in seam.sources else batch_size
-    whole = len(blocks) * tokens**2 * 4 / MIB
-    factors = sum(block.attn.bias.has_factors for _, block in blocks)
-    masks = (len(blocks) - factors) / len(blocks)
-    dense, mask = SCORES_KEPT * batch_size * heads * whole, samples * masks * whole
+def _memory(
+    trainer: Any, module: Any, datamodule: Any, blocks: Sequence[tuple[int, TerrainBlock]], processes: int
+) -> Iterator[str]:
+    """What a step holds on each device."""
+    net, device, autocast = module.net, trainer.strategy.root_device, trainer.precision_plugin.forward_context
+    batch_size, weights = int(datamodule.hparams["batch_size"]), of_weights(module, processes)
+    found = variables_of(datamodule)
+    channels = max(map(len, found.values())) if isinstance(found, dict) else len(found or net.default_vars)
+    plain = kept_by_network(net, channels, batch_size, device, autocast)
+    copies = ", their copies in DDP" if processes > 1 else ""
     yield (
-        f"memory of the bias a device, over attention without: dense {dense:.1f} MiB, sdpa {mask:.1f} MiB a head of "
-        "the bias, tiled a tile at a time"
+        f"memory of a step a device without a bias: about {_mib(weights + plain)}, {_mib(weights)} for weights, "
+        f"gradients{copies} and AdamW's moments, {_mib(plain)} that forward keeps for backward"
     )
+    if blocks:
+        seam: TerrainSeam = net.terrain
+        one_ground = seam.static_terrain or "elevation_m" in seam.sources
+        tokens, samples = net.pos_embed.shape[1], batch_size * int(getattr(net, "time_history", 1))
+        listed = []
+        for engine in ENGINES:
+            more = kept_by_bias(blocks[0][1], engine, tokens, samples, one_ground=one_ground, device=device)
+            if more is not None:
+                listed.append(f"{engine} {_mib(weights + plain + len(blocks) * more)}")
+        yield f"memory of a step a device with the bias, by engine: about {', '.join(listed)}"
+    yield "memory that is not counted: results on the way, which backward does not need, and the allocator's own"
+
+
+def _mib(number: int) -> str:
+    return f"{number / MIB:.1f} MiB"
 
 
 def _folders(trainer: Any) -> Iterator[tuple[str, Any]]:
