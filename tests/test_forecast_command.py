@@ -559,6 +559,7 @@ def test_a_wrong_source_is_one_sentence(run, tmp_path, capsys, change, sentence)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert sentence in error
+    assert "option variables" not in error  # which forecast has not
     assert {path.name for path in tmp_path.iterdir()} == {"wrong.nc"}
 
 
