@@ -368,7 +368,7 @@ def _forecast(options: argparse.Namespace, _: list[str]) -> None:
         raise InputError("--variable says what --picture draws: give both")
     plots = None if options.picture is None else _plots()
     if options.picture is not None:
-        _check_picture("--picture", options.picture)
+        _check_picture("--picture", options.picture, "forecast")
     from climax_elevation.forecast import forecast
 
     units, select = _units_and_select(options)
@@ -414,17 +414,16 @@ def _units_and_select(options: argparse.Namespace) -> tuple[dict[str, str], dict
 def _plot(options: argparse.Namespace, _: list[str]) -> None:
     plots = _plots()
     out = options.out or Path(options.kind)
-    if options.out is not None:
-        _check_picture("--out", out)
+    _check_picture("--out", out, options.kind)
     for file in plots.save(_figure(options), _without_suffix(out)):
         print(file)
 
 
-def _check_picture(option: str, path: Path) -> None:
+def _check_picture(option: str, path: Path, name: str) -> None:
     from climax_elevation.files import check_folder
 
-    if path.is_dir():
-        raise InputError(f"{option} is a file's name without suffix, and {path} is a folder: write {path / 'picture'}")
+    if path.is_dir() and path != Path(name):
+        raise InputError(f"{option} is a file's name without suffix, and {path} is a folder: write {path / name}")
     check_folder(f"the folder of {option}", path.parent)
 
 

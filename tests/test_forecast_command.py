@@ -2,6 +2,7 @@
 
 import zipfile
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import prepare_data
@@ -484,6 +485,13 @@ def test_a_grid_with_a_place_a_pixel(folder, run, tmp_path):
     np.testing.assert_allclose(made.latitude, lat2d[::-1])
     assert "standard_name" not in made["10m_u_component_of_wind"].attrs  # it may be along the grid
     np.testing.assert_allclose(made["2m_temperature"], reference(folder, run, tmp_path), rtol=1e-6)
+    around = {
+        name: curved[name].pad(y=(1, 2), x=(3, 1), mode="reflect", reflect_type="odd")
+        for name in ("latitude", "longitude")
+    }
+    larger = curved.drop_vars(list(around)).pad(y=(1, 2), x=(3, 1), mode="edge").assign_coords(around)
+    made = written(forecast(other, prepare_data.write(larger, tmp_path / "larger.nc"), tmp_path / "cut.nc").path)
+    np.testing.assert_allclose(made["2m_temperature"], reference(folder, run, tmp_path / "more"), rtol=1e-6)
     moved = replace(other, places=(lat2d[::-1] + 0.1, other.places[1]))
     with pytest.raises(InputError, match="is of another grid than the run"):
         forecast(moved, source, tmp_path / "none.nc")
@@ -513,6 +521,19 @@ def test_months_go_by_the_calendar(run, tmp_path, calendar):
     assert str(made.valid_time.to_numpy()[0, 0])[:13] in ("2000-11-17T12", "2000-11-17 12")
 
 
+def test_middles_of_months(run, tmp_path):
+    """As CMIP's monthly means have them: what is read next is the next month's, wherever its middle is."""
+    begins = xr.date_range("2001-01-01", periods=STEPS + 1, freq="MS", calendar="noleap", use_cftime=True)
+    middles = [begin + (end - begin) / 2 for begin, end in pairwise(begins)]
+    source = prepare_data.write(states().assign_coords(time=middles), tmp_path / "months.nc")
+    monthly = replace(load_run(run), lead_hours=730)
+    options = {"steps": 3, "start": ["2001-01", "2001-02"], "others": "source"}
+    made = written(forecast(monthly, source, tmp_path / "out.nc", **options).path)
+    np.testing.assert_array_equal(made.valid_time[0], middles[1:4])
+    last = written(forecast(monthly, source, tmp_path / "last.nc").path).valid_time.item()
+    assert str(last) == "2004-05-16 12:00:00"  # beyond the source
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -538,6 +559,7 @@ def test_a_wrong_source_is_one_sentence(run, tmp_path, capsys, change, sentence)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     assert sentence in error
+    assert "option variables" not in error  # which forecast has not
     assert {path.name for path in tmp_path.iterdir()} == {"wrong.nc"}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -66,6 +67,23 @@ def test_a_standardised_channel_comes_back_in_metres_and_m_s():
     )
     torch.testing.assert_close(terrain.lead_hours, torch.tensor([72.0, 6.0]))
     assert terrain.grid == (2, 3)
+
+
+@pytest.mark.parametrize("order", ["file first", "statistics first"])
+def test_low_geopotential_beside_the_channels_statistics(order):
+    """In a range that heights have too: nothing but the channel tells that it is 9.8 times as much."""
+    low = np.linspace(0, 300, 24).reshape(4, 6)
+    fields = {scale: ElevationField(low * scale, LAT, LON, "a file") for scale in (1.0, 9.80665)}
+    statistics = {"orography": 150.0}, {"orography": float(low.std())}
+    for scale, field in fields.items():
+        read = reader(wind_variables=None, elevation_file=field)
+        steps = [
+            lambda read=read: read.set_grid(LAT, LON, "lat.npy"),
+            lambda read=read: read.set_statistics(*statistics, "data"),
+        ]
+        with pytest.raises(InputError, match="is it geopotential") if scale > 1 else nullcontext():
+            for step in steps if order == "file first" else steps[::-1]:
+                step()
 
 
 def test_autocast_rounds_no_metre_away():

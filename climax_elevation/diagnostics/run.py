@@ -101,7 +101,8 @@ def read_config(folder: Path, root_dir: Path | None) -> dict[str, Any]:
         raise InputError(f"{folder} is not the folder of a run")
     files = sorted(folder.rglob("config.yaml"))
     if len(files) != 1:
-        found = f"has {len(files)} of them: name one of their folders" if files else "has none"
+        folders = ", ".join(str(file.parent) for file in files)
+        found = f"has {len(files)} of them: name one of their folders, {folders}" if files else "has none"
         raise InputError(
             f"a run's folder has one config.yaml, as climax-elevation train writes it, and {folder} {found}"
         )

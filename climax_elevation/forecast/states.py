@@ -123,7 +123,14 @@ class States:
 
     def after(self, index: int, steps: int) -> Any:
         """The time that a forecast of so many steps from time `index` is for."""
-        return advanced(self.times[index], steps * self.run.lead_hours, steps * self.months)
+        time, months = self.times[index], steps * self.months
+        if not months:
+            return advanced(time, steps * self.run.lead_hours)
+        begin, _ = _month(time, months)
+        month = stamp(begin)[:7]
+        there = [number for number, when in enumerate(self.stamps) if when[:7] == month]
+        same_day = len({when[7:] for when in self.stamps}) == 1
+        return self.times[there[0]] if there else months_later(time, months, same_day=same_day)
 
     def index_of(self, time: Any) -> int | None:
         """Where the source has a time; None: it has not."""
@@ -216,17 +223,31 @@ def _advice_of_forecasts(variables: Sequence[str]) -> Iterator[None]:
         raise InputError(f"{what}: give a source that has the run's input, {', '.join(variables)}") from error
 
 
-def advanced(time: Any, hours: float, months: int = 0) -> Any:
-    """A time later by calendar months, or where there are none by hours; of any calendar."""
+def advanced(time: Any, hours: float) -> Any:
+    """A time of any calendar, later by hours."""
     if isinstance(time, np.datetime64):
-        if months:
-            month = time.astype("datetime64[M]")
-            return (month + months) + (time - month)
         return time + np.timedelta64(round(3600 * hours), "s")
-    if months:
-        count = 12 * time.year + time.month - 1 + months
-        return time.replace(year=count // 12, month=count % 12 + 1)
     return time + datetime.timedelta(seconds=round(3600 * hours))
+
+
+def months_later(time: Any, months: int, *, same_day: bool) -> Any:
+    """A time of any calendar, later by calendar months: on the same day, or as far into the month, of its length."""
+    (begin, end), (later, later_end) = _month(time, 0), _month(time, months)
+    if same_day:
+        return later + (time - begin)
+    second = np.timedelta64(1, "s") if isinstance(time, np.datetime64) else datetime.timedelta(seconds=1)
+    return later + int((time - begin) / (end - begin) * ((later_end - later) / second)) * second
+
+
+def _month(time: Any, months: int) -> tuple[Any, Any]:
+    """Begin and end of the month that is so many after that of a time."""
+    if isinstance(time, np.datetime64):
+        month = time.astype("datetime64[M]") + months
+        return month.astype("datetime64[s]"), (month + 1).astype("datetime64[s]")
+    counts = [12 * time.year + time.month - 1 + months + further for further in (0, 1)]
+    first = time.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    begin, end = (first.replace(year=count // 12, month=count % 12 + 1) for count in counts)
+    return begin, end
 
 
 def stamp(time: Any) -> str:
@@ -291,7 +312,11 @@ def _read_times(time: xr.DataArray) -> tuple[NDArray[Any], tuple[str, ...]]:
 def _months(stamps: Sequence[str], lead_hours: float) -> int:
     """Calendar months from input to forecast, where times step in them and the lead time is so many."""
     counts = {12 * int(stamp[:4]) + int(stamp[5:7]) for stamp in stamps}
-    if len(stamps) < 2 or len(counts) < len(stamps) or len({stamp[7:] for stamp in stamps}) > 1:
+    days = {int(stamp[8:10]) for stamp in stamps}
+    if len(stamps) < 2 or len(counts) < len(stamps):
+        return 0
+    # on one day and hour, in the middle, as CMIP has it, or on the last day of each
+    if len({stamp[7:] for stamp in stamps}) > 1 and not days <= {14, 15, 16, 17} and min(days) < 28:
         return 0
     months = round(lead_hours / HOURS_PER_MONTH)
     close = abs(lead_hours - months * HOURS_PER_MONTH) <= MONTHS_MAY_DIFFER * lead_hours
@@ -345,6 +370,8 @@ def _on_grid(dataset: xr.Dataset, run: LoadedRun, what: str, regrid: str | None)
             f"{what} and the run's data are on grids of two kinds, one with a latitude a row and one with a latitude a "
             "pixel: give a source on the run's grid"
         )
+    else:
+        dataset = _cut(dataset, run.places, what)
     grid = read_grid(dataset, patch_size=1, regrid=regrid)
     height, width = run.shape
     grid = Grid(
@@ -364,6 +391,21 @@ def _on_grid(dataset: xr.Dataset, run: LoadedRun, what: str, regrid: str | None)
     if any(here.shape != there.shape or not same_places(here, there).all() for here, there in pairs):
         raise _other_grid(what, run, lat.to_numpy(), lon.to_numpy())
     return dataset, grid
+
+
+def _cut(dataset: xr.Dataset, places: tuple[Array, Array], what: str) -> xr.Dataset:
+    """A grid with a place a pixel without what lies around the run's, as its first and last pixel say."""
+    lat, lon = dataset["lat"], dataset["lon"].transpose(*dataset["lat"].dims)
+    corners = []
+    for at in ((0, 0), (-1, -1)):
+        apart = np.hypot(degrees_apart(lat.to_numpy(), places[0][at]), degrees_apart(lon.to_numpy(), places[1][at]))
+        corners.append(np.unravel_index(int(apart.argmin()), apart.shape))
+    inside = [slice(int(min(ends)), int(max(ends)) + 1) for ends in zip(*corners, strict=True)]
+    shape = tuple(part.stop - part.start for part in inside)
+    if shape != places[0].shape or shape == lat.shape:
+        return dataset  # another grid, which is said next, or all of it
+    logger.info("%s: cut from %d x %d to the run's %d x %d pixels", what, *lat.shape, *shape)
+    return dataset.isel(dict(zip(lat.dims, inside, strict=True)))
 
 
 def _found(here: Array, wanted: Array, *, goes_round: bool) -> NDArray[np.integer] | None:

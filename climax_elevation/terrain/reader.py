@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 FASTEST_M_S = 150.0  # twice the strongest 10 m wind ever measured
 GROUND_MAY_MOVE_M = 1.0  # rounding of a standardised channel, and no more
+SAME_SCALE = 6.0  # of an elevation file's deviation to the channel's, which gravity multiplies by 9.8
 LEAST_CORRELATION = 0.9  # of an elevation file with the orography channel
 LEVEL_M = 1e-3  # a standard deviation below this is rounding; of a standardised channel:
 LEVEL_CHANNEL = 1e-5
@@ -200,6 +201,24 @@ class TerrainReader(nn.Module):
         buffer.copy_(new)
         self._sources[name] = source
         self._changed()
+        if name in ("elevation_m", "elevation_std"):
+            self._check_scale()
+
+    def _check_scale(self) -> None:
+        """Refuse a field that varies several times as much as the channel: low ground's geopotential passes for metres.
+
+        Raises:
+            InputError: If it does.
+        """
+        if not {"elevation_m", "elevation_std"} <= self._sources.keys():
+            return
+        varies, std = self.elevation_m.std(correction=0).item(), self.elevation_std.item()
+        if varies > SAME_SCALE * std and std != 1:  # 1 is written for level ground, which every forward compares
+            raise InputError(
+                f"elevation from {self._sources['elevation_m']} varies by {varies:.0f} m (standard deviation of patch "
+                f"means), and channel {self.elevation_variable!r} by {std:.3g} m by {self._sources['elevation_std']}: "
+                "is it geopotential (divide by 9.80665), or are the statistics of other data?"
+            )
 
     def _check_agreement(self, name: str, new: Tensor, source: str) -> None:
         known: Tensor = getattr(self, name)
