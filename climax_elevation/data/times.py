@@ -237,9 +237,9 @@ def cut(
         predict_range: Steps between input and target.
         step_bytes: Size of one step in a shard.
         processes: Divides the number of shards, so that readers which take whole ones leave none of them out. Above 1
-            all shards are equally long, so that such readers make equally many batches: of some pairs two shards next
-            to each other have both. Where a piece is too short for that, up to `MORE` times as many are made; and the
-            log says so if that is not enough.
+            all shards of training are equally long, so that such readers make equally many batches: of some pairs two
+            shards next to each other have both. Where a piece is too short for that, up to `MORE` times as many are
+            made; and the log says so if that is not enough.
 
     Returns:
         First step, end and `repeats` of each shard, in order.
@@ -265,10 +265,11 @@ def cut(
         wanted = _well_divisible(wanted, sum(counts))
     _share_out(counts, pairs, ceil(wanted / processes) * processes, processes, partition, predict_range)
     each = None
-    alike = _alike(pairs, sum(counts), processes) if processes > 1 else None
+    has_to_be_alike = processes > 1 and partition == "train"
+    alike = _alike(pairs, sum(counts), processes) if has_to_be_alike else None
     if alike is not None:
         each, counts = alike
-    elif processes > 1:
+    elif has_to_be_alike:
         logger.info(
             "%s: shards are not equally long, since one stretch of time between gaps has %d pairs only: several "
             "processes need a reader that shares out samples (train --reader plugin)",
