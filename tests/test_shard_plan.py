@@ -46,10 +46,12 @@ def test_one_process_has_what_there_was():
 
 
 @pytest.mark.parametrize("processes", [2, 3, 7])
-def test_each_part_is_a_multiple_of_equally_long_shards(processes):
+def test_each_part_is_a_multiple_and_shards_of_training_are_equally_long(processes):
     found = planned(processes)
     assert [len(lengths) for lengths in found.values()] == [processes] * 3
-    assert all(len(set(lengths)) == 1 for lengths in found.values())
+    assert len(set(found["train"])) == 1
+    # without a pair twice, which would count twice in a mean
+    assert [sum(lengths) - 2 * processes for lengths in (found["val"], found["test"])] == [10, 7]
 
 
 def test_more_shards_than_processes_are_rounded_up():
@@ -57,9 +59,17 @@ def test_more_shards_than_processes_are_rounded_up():
 
 
 def test_the_largest_piece_between_gaps_is_cut_first():
-    # 8 and 28 pairs in four shards; 32 and 4
-    assert planned(4, steps=(40, 12, 12), gaps=[10])["train"] == [10, 12, 12, 12]
-    assert planned(4, steps=(40, 12, 12), gaps=[34])["train"] == [13, 13, 13, 6]
+    # 8 pairs and 28: eight shards of 5, of which two have the 8. 32 pairs and 4: twelve of 4
+    assert planned(1, steps=(40, 12, 12), gaps=[10], shard_steps=12)["train"] == [10, 11, 11, 12]
+    assert planned(4, steps=(40, 12, 12), gaps=[10])["train"] == 8 * [7]
+    assert planned(4, steps=(40, 12, 12), gaps=[34])["train"] == 12 * [6]
+
+
+def test_a_stretch_of_time_that_is_too_short_for_equal_shards_is_said(caplog):
+    caplog.set_level("INFO")
+    lengths = planned(2, steps=(40, 12, 12), gaps=[3])["train"]
+    assert lengths == [3, 37]
+    assert "train: shards are not equally long, since one stretch of time between gaps has 1 pairs only" in caplog.text
 
 
 def test_a_part_that_is_too_short_says_how_many_it_allows():

@@ -1,5 +1,6 @@
 """The time axis: what ClimaX expects of it, the split into partitions, and the shards."""
 
+import logging
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 _DATE = re.compile(r"\d{4}(-(0[1-9]|1[0-2])(-(0[1-9]|[12]\d|3[01])(T([01]\d|2[0-3])(:[0-5]\d(:[0-5]\d)?)?)?)?)?")
 """A date of any calendar: the 30th of February is one where every month has 30 days."""
 
@@ -23,6 +26,7 @@ COMFORTABLE = 20
 """Pairs of a shard, times predict_range: a twentieth more is stored than there is."""
 LEAST = 10
 """Steps of a shard, times predict_range, however large that is."""
+MORE = 4
 MOST_SHARDS = 800
 """Of a partition, where nobody asks for more: one for each GPU of the largest run on paper."""
 SHARD_BYTES = 2**28
@@ -245,8 +249,9 @@ def cut(
         predict_range: Steps between input and target.
         step_bytes: Size of one step in a shard.
         processes: Divides the number of shards, so that readers which take whole ones leave none of them out. Above 1
-            the shards of a piece are exactly as long as one another, so that such readers make equally many batches:
-            of some pairs two shards next to each other have both.
+            all shards of training are equally long, so that such readers make equally many batches: of some pairs two
+            shards next to each other have both. Where a piece is too short for that, up to `MORE` times as many are
+            made; and the log says so if that is not enough.
 
     Returns:
         First step, end and `repeats` of each shard, in order.
@@ -271,13 +276,24 @@ def cut(
         wanted = max(wanted, min(MOST_SHARDS, sum(pairs) // (COMFORTABLE * predict_range)))
         wanted = _well_divisible(wanted, sum(counts))
     _share_out(counts, pairs, ceil(wanted / processes) * processes, processes, partition, predict_range)
+    each = None
+    has_to_be_alike = processes > 1 and partition == "train"
+    alike = _alike(pairs, sum(counts), processes) if has_to_be_alike else None
+    if alike is not None:
+        each, counts = alike
+    elif has_to_be_alike:
+        logger.info(
+            "%s: shards are not equally long, since one stretch of time between gaps has %d pairs only: several "
+            "processes need a reader that shares out samples (train --reader plugin)",
+            partition,
+            min(pairs),
+        )
     stretches: list[tuple[int, int, int | None]] = []
     for piece, number, count in zip(usable, pairs, counts, strict=True):
         starts = [number * index // count for index in range(count)]
         stops = [*starts[1:], number]
-        if processes > 1 and count > 1:  # exactly as long as one another
-            each = ceil(number / count)
-            starts = [(number - each) * index // (count - 1) for index in range(count)]
+        if each is not None:
+            starts = [(number - each) * index // max(1, count - 1) for index in range(count)]
             stops = [start + each for start in starts]
         before: int | None = None
         for start, stop in zip(starts, stops, strict=True):
@@ -292,6 +308,36 @@ def _well_divisible(wanted: int, least: int) -> int:
     if wanted >= 8:
         return max(wanted // 8, ceil(least / 8)) * 8
     return next((divisor for divisor in (4, 2) if max(least, divisor) == divisor <= wanted), wanted)
+
+
+def _alike(pairs: Sequence[int], wanted: int, processes: int) -> tuple[int, list[int]] | None:
+    """How many pairs each shard has, and how many there are of each piece, where all have equally many.
+
+    Shards of a piece may have pairs in common, and each has one that the one before it does not have.
+
+    Args:
+        pairs: Of each piece.
+        wanted: How many shards, a multiple of processes; or more, up to `MORE` times as many.
+        processes: Divides their number.
+
+    Returns:
+        None: a piece has too few pairs for that.
+    """
+    for total in range(wanted, MORE * wanted + 1, processes):
+        each = ceil(sum(pairs) / total)
+        while sum(ceil(number / each) for number in pairs) > total:
+            each += 1
+        counts = [ceil(number / each) for number in pairs]
+        room = [number - each + 1 - count for number, count in zip(pairs, counts, strict=True)]
+        spare = total - sum(counts)
+        if each > min(pairs) or spare > sum(room):
+            continue
+        for _ in range(spare):
+            index = room.index(max(room))
+            counts[index] += 1
+            room[index] -= 1
+        return each, counts
+    return None
 
 
 def _share_out(
