@@ -246,6 +246,12 @@ def configuration_errors() -> Iterator[None]:
     except OmegaConfBaseException as error:
         hint = "; set it, or write ${oc.env:NAME,instead}" if "Environment variable" in str(error) else ""
         raise InputError(f"configuration: {error.full_key}: {_line(str(error).splitlines()[0])}{hint}") from error
+    except KeyError as error:
+        if _raised_in(error) == OWN:
+            raise
+        raise InputError(
+            f"configuration: there is no {error}: have the data (normalize_mean.npz, normalize_std.npz) this variable?"
+        ) from error
     except OSError as error:
         raise InputError(_of_system(error)) from error
     except Exception as error:  # of parsers, and of whatever classes a configuration names

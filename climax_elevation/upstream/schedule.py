@@ -129,6 +129,11 @@ def check_shares(shares: Sequence[Share], processes: int, workers: int, *, shari
             )
         if not share.fewest:
             readers = processes * max(1, workers)
+            if share.shards >= readers:
+                raise InputError(
+                    f"{share.part} has {share.shards} shards, and a process would be given none that is longer than "
+                    "data.predict_range, and so no pair: make longer shards, or lower it"
+                )
             raise InputError(
                 f"{share.part} has {share.shards} shards, and {processes} processes of {max(1, workers)} readers each "
                 f"take whole ones: make {readers} or more (climax-elevation prepare --processes {readers}), "

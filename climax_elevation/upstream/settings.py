@@ -34,6 +34,14 @@ def check_settings(config: Mapping[str, Any]) -> None:
     least, most = trainer.get("min_epochs"), trainer.get("max_epochs")
     if least is not None and most is not None and -1 < most < least:
         raise InputError(f"trainer.min_epochs is at most trainer.max_epochs ({most}), not {least}")
+    least, most = trainer.get("min_steps"), trainer.get("max_steps", -1)
+    if least is not None and -1 < most < least:
+        raise InputError(f"trainer.min_steps is at most trainer.max_steps ({most}), not {least}")
+    way = trainer.get("gradient_clip_algorithm")
+    if way is not None and trainer.get("gradient_clip_val") is None:
+        raise InputError(
+            f"trainer.gradient_clip_algorithm {way!r} has no effect without trainer.gradient_clip_val: set it"
+        )
     model = config.get("model") or {}
     if "warmup_epochs" in model and not 0 <= model["warmup_epochs"] < model["max_epochs"]:
         raise InputError(
