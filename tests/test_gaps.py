@@ -199,7 +199,7 @@ def test_both_arms_and_what_weather_services_use_are_reported_and_a_killed_compa
     command = [sys.executable, "-m", "climax_elevation", "compare", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
     out = tmp_path / "out"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600  # lest it wait for ever
     while len(list(out.glob("*/runs/*/seed*/run.json"))) < 2:
         assert time.monotonic() < until
         assert process.poll() is None
