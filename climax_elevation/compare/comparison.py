@@ -12,22 +12,23 @@ from typing import Any
 import torch
 
 from climax_elevation.checks import count
-from climax_elevation.compare.config import Configuration, TracerData, Variant, identity, read_configuration, read_task
+from climax_elevation.compare.config import Configuration, TracerData, identity, read_configuration, read_task
 from climax_elevation.compare.fingerprints import (
     Record,
     bias_files,
     data_files,
-    digests,
     examine,
     fingerprint,
     read_records,
     write_records,
 )
+from climax_elevation.compare.gaps import compare_gaps
 from climax_elevation.compare.infill import compare_infill
 from climax_elevation.compare.report import report
 from climax_elevation.compare.runs import (
     Finished,
     Task,
+    find_host,
     host_class,
     network,
     read_run,
@@ -55,10 +56,11 @@ from climax_elevation.errors import InputError
 from climax_elevation.testbed.altitude import region_elevation
 from climax_elevation.testbed.fit import DataSettings, one_thread
 from climax_elevation.testbed.tracer import floor, write_tracer_dataset
-from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
+from climax_elevation.upstream.locate import Source
 
 logger = logging.getLogger(__name__)
 
+OF_INFERENCE = {"infill": compare_infill, "gaps": compare_gaps}
 DATA, DATA_RECORD, REFERENCES = "data", "data.json", "references.npz"
 
 
@@ -89,12 +91,13 @@ def compare(
     Raises:
         InputError: For every mistake in the file, the data or the run directory, before any training.
     """
-    if read_task(config) == "infill":
-        return compare_infill(config, out=out, jobs=jobs, seeds=seeds, variants=variants)
+    task = read_task(config)
+    if task in OF_INFERENCE:
+        return OF_INFERENCE[task](config, out=out, jobs=jobs, seeds=seeds, variants=variants)
     configuration = read_configuration(config, out=out, seeds=seeds, variants=variants)
     devices = _devices(configuration.accelerator)
     jobs = count("--jobs", jobs) if jobs is not None else max(1, len(devices))
-    climax, host = _host(configuration.host)
+    climax, host = find_host(configuration.host)
     out = configuration.out
     with run_directory(out, (FILES, DATA, RUNS)):
         return _compare(configuration, climax, host, devices, jobs)
@@ -157,17 +160,6 @@ def _conclude(configuration: Configuration, tasks: list[Task], scorer: Scorer, h
     return concluded(configuration.out, table, differences, text)
 
 
-def _host(wanted: str) -> tuple[Source | None, str]:
-    if wanted == "stand-in":
-        return None, "stand-in"
-    try:
-        return find_climax(None), "ClimaX"
-    except ClimaXNotFound as error:
-        if wanted == "climax":
-            raise InputError(f"host is climax: {error}") from error
-        return None, "stand-in"
-
-
 def _devices(accelerator: str) -> list[int]:
     number = torch.cuda.device_count() if accelerator != "cpu" and torch.cuda.is_available() else 0
     if accelerator == "gpu" and not number:
@@ -204,10 +196,6 @@ def _tasks(
 ) -> list[Task]:
     """Variant after variant; all seeds of each."""
 
-    def identity_of(variant: Variant) -> dict[str, Any]:
-        own = digests({name: files[name] for name in bias_files(variant.bias_args)})
-        return {**variant_identity(variant), **({"files": own} if own else {})}
-
     return [
         Task(
             folder=configuration.out / RUNS / variant.name / f"seed{seed}",
@@ -219,7 +207,7 @@ def _tasks(
             strata=configuration.strata,
             keep_best=configuration.choose_on == "val",
             climax=climax,
-            configuration={**common, "variant": plain(identity_of(variant)), "seed": seed},
+            configuration={**common, "variant": plain(variant_identity(variant, files)), "seed": seed},
         )
         for variant in configuration.variants
         for seed in configuration.seeds

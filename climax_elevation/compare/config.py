@@ -122,7 +122,7 @@ class Configuration(Design):
     strata: StrataSettings = field(default_factory=StrataSettings)
 
 
-TASKS = ("forecast", "infill")
+TASKS = ("forecast", "infill", "gaps")
 OF_DESIGN = {"task", "out", "data", "variants", "baseline", "pairs", "seeds", "choose_on", "metric", "statistics"}
 KEYS = OF_DESIGN | {"host", "accelerator", "model", "training", "strata"}
 

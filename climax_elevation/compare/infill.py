@@ -10,50 +10,45 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 
 from climax_elevation.checks import count, one_of
+from climax_elevation.compare import inference
 from climax_elevation.compare.config import OF_DESIGN, Design, Variant, check_keys, fill, load, read_design
-from climax_elevation.compare.fingerprints import Record, examine, fingerprint, read_records, write_records
+from climax_elevation.compare.fingerprints import Record, examine, fingerprint, read_records
+from climax_elevation.compare.inference import (
+    METHODS,
+    METRICS,
+    Key,
+    Methods,
+    Scored,
+    kept_methods,
+    records_of,
+    scored_methods,
+    tables,
+    train_missing,
+)
 from climax_elevation.compare.infill_report import report
 from climax_elevation.compare.runs import (
     RECORD,
     SAMPLES,
     WEIGHTS,
-    Finished,
-    read_run,
     record_of,
-    remove_partial,
-    run_missing,
     variant_identity,
     whole_run,
 )
-from climax_elevation.compare.scores import PARTS, Samples, load_samples, save_samples
-from climax_elevation.compare.stored import (
-    FILES,
-    RUNS,
-    Comparison,
-    check_stored,
-    check_unchanged,
-    concluded,
-    plain,
-    run_directory,
-    save_tables,
-    unheard,
-)
+from climax_elevation.compare.scores import PARTS, Samples, save_samples
+from climax_elevation.compare.stored import FILES, RUNS, Comparison, concluded, plain, run_directory, unheard
 from climax_elevation.compare.strata import ALL
-from climax_elevation.compare.tables import Results, differences_table, results_table
 from climax_elevation.errors import InputError
 from climax_elevation.testbed.fit import TrainingSettings, denormals_as_zero, one_thread
 from climax_elevation.testbed.infill import (
-    MOST_TIMES_FITTED,
     Infill,
     InfillModel,
     InfillNetwork,
@@ -63,25 +58,18 @@ from climax_elevation.testbed.infill import (
     read_series,
     split_arguments,
 )
-from climax_elevation.testbed.interpolation import (
-    Interpolation,
-    Places,
-    fit_inverse_distance,
-    fit_optimal,
-)
+from climax_elevation.testbed.interpolation import Places, fit_all
 
 logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
-METRICS = ("rmse_standardised", "rmse")
 STRATA = (ALL, "seen in training", "never seen")
-METHODS = "methods"  # the folder of what is no network
-CLIMATOLOGY = "climatology"
+MOST_TIMES_FITTED = 400  # for methods that have two or three parameters
 
 
 @dataclass(frozen=True)
-class Arm:
+class Arm(inference.Arm):
     """What is the same for all networks that are compared with each other.
 
     Args:
@@ -89,13 +77,17 @@ class Arm:
         days: Of training, spread evenly over it; None: all.
     """
 
-    elevation_input: bool
     days: int | None = None
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return f"{'given' if self.elevation_input else 'withheld'}{'' if self.days is None else f'_{self.days}_days'}"
+        return f"{self.told}{'' if self.days is None else f'_{self.methods}'}"
+
+    @property
+    def methods(self) -> str:
+        """The folder of the methods that were fitted to the same days."""
+        return "all" if self.days is None else f"{self.days}_days"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,40 +233,34 @@ def compare_infill(
 
 def _compare(configuration: InfillConfiguration, jobs: int) -> Comparison:
     series = read_series(configuration.data)
-    out, before = configuration.out, read_records(configuration.out / FILES)
-    files = _examine(configuration, before)
-    tasks = _tasks(configuration, files["data"])
-    for arm in configuration.arms:
-        own = [task for task in tasks if task.arm == arm]
-        check_stored(out / arm.name, own, before.get("data", {}), files["data"])
-    to_do = [task for task in tasks if not task.done]
-    with unheard(), one_thread():
-        _check(configuration, series, to_do)
-    for folder in (METHODS, *(f"{arm.name}/{RUNS}" for arm in configuration.arms)):
-        remove_partial(out / folder)
     at = series.stations
-    logger.info(
-        "%s: %s at %d stations, %.0f to %.0f m",
-        at.source,
-        at.variable,
-        len(at),
-        at.elevation_m.min(),
-        at.elevation_m.max(),
-    )
-    logger.info(
-        "%d variants with %d seeds in %d arms: %d runs, %d of them finished before; %d at a time on the CPU",
-        len(configuration.variants),
-        len(configuration.seeds),
-        len(configuration.arms),
-        len(tasks),
-        len(tasks) - len(to_do),
-        jobs,
-    )
-    write_records(out / FILES, files)
-    if to_do:
-        run_missing(to_do, tasks, jobs, [])
-        check_unchanged(files, _examine(configuration, files), to_do)
-    return _conclude(configuration, series, tasks, fingerprint(files["data"]))
+    files = _examine(configuration, read_records(configuration.out / FILES))
+    tasks = _tasks(configuration, files["data"])
+
+    def check(to_do: Sequence[InfillTask]) -> None:
+        with unheard(), one_thread():
+            _check(configuration, series, to_do)
+        logger.info(
+            "%s: %s at %d stations, %.0f to %.0f m",
+            at.source,
+            at.variable,
+            len(at),
+            at.elevation_m.min(),
+            at.elevation_m.max(),
+        )
+
+    train_missing(configuration, tasks, files, lambda known: _examine(configuration, known), check, jobs)
+    scored = Scored(at.variable, series.std, STRATA, "infill")
+    methods: dict[Key, Methods] = {
+        (arm.methods, seed): _methods(configuration, series, arm, seed, fingerprint(files["data"]), scored)
+        for arm in configuration.arms
+        if arm.elevation_input
+        for seed in configuration.seeds
+    }
+    table, differing = tables(configuration, tasks, methods, scored)
+    fitted = {key: kept.parameters for key, kept in methods.items()}
+    text = report(configuration, series, records_of(tasks), table, differing, fitted)
+    return concluded(configuration.out, table, differing, text)
 
 
 def _examine(configuration: InfillConfiguration, known: dict[str, Record]) -> dict[str, Record]:
@@ -341,99 +327,26 @@ def _check(configuration: InfillConfiguration, series: Series, tasks: Iterable[I
                     )
 
 
-def _conclude(configuration: InfillConfiguration, series: Series, tasks: list[InfillTask], data: str) -> Comparison:
-    methods = {
-        (days, seed): _methods(configuration, series, days, seed, data)
-        for days in configuration.training_days
-        for seed in configuration.seeds
-    }
-    tables: list[pd.DataFrame] = []
-    differences: list[pd.DataFrame] = []
-    for arm in configuration.arms:
-        runs: dict[tuple[str, int], Finished] = {
-            (task.variant.name, task.seed): read_run(task.folder) for task in tasks if task.arm == arm
-        }
-        results = Results(
-            configuration=configuration,
-            variables=[series.stations.variable],
-            strata=STRATA,
-            std=np.array([series.std]),
-            runs=runs,
-            references={},
-            floors={},
-            host="infill",
-            metrics=METRICS,
-        )
-        networks, differing = results_table(results), differences_table(results)
-        others = results_table(_with_runs(results, methods, arm))
-        table = pd.concat([networks, others[others.part != "train"]], ignore_index=True)
-        for kind, rows in ((tables, table), (differences, differing)):
-            rows.insert(0, "arm", arm.name)
-            kind.append(rows)
-        save_tables(configuration.out / arm.name, table, differing)
-    table, differing = (pd.concat(kind, ignore_index=True) for kind in (tables, differences))
-    fitted = {key: record["parameters"] for key, (record, _) in methods.items()}
-    text = report(configuration, series, runs_of(tasks), table, differing, fitted)
-    return concluded(configuration.out, table, differing, text)
-
-
-def runs_of(tasks: Iterable[InfillTask]) -> list[dict[str, Any]]:
-    """The records of all runs."""
-    return [json.loads((task.folder / RECORD).read_text()) for task in tasks]
-
-
-def _with_runs(results: Results, methods: dict[Any, tuple[dict[str, Any], dict[str, Samples]]], arm: Arm) -> Results:
-    """The methods in the place of the networks."""
-    runs = {}
-    for (days, seed), (_, samples) in methods.items():
-        if days == arm.days:
-            for name in dict.fromkeys(key.rpartition("/")[0] for key in samples):
-                of_parts = {part: samples[f"{name}/{part}"] for part in PARTS}
-                cost = dict.fromkeys(("seconds_a_step", "peak_memory_mib", "seconds"), float("nan"))
-                runs[name, seed] = Finished(of_parts, {**cost, "scalars": {}})
-    return replace(results, runs=runs)
-
-
 def _methods(
-    configuration: InfillConfiguration, series: Series, days: int | None, seed: int, data: str
-) -> tuple[dict[str, Any], dict[str, Samples]]:
-    """What is no network: fitted on training, scored, and kept."""
-    folder = configuration.out / METHODS / ("all" if days is None else f"{days}_days") / f"seed{seed}"
-    wanted = plain({"data": {**_named(configuration.data), "fingerprint": data}, "days": days, "seed": seed})
-    if (folder / RECORD).is_file():
-        record = json.loads((folder / RECORD).read_text())
-        if record["configuration"] == wanted:
-            return record, load_samples(folder / SAMPLES)
-        raise InputError(f"{folder} is of other data or settings: give another --out, or remove what is there")
-    infill = Infill(series, series.unseen(configuration.data.unseen, seed), True, series.days(days), series.terrain())
-    at = series.stations
-    places = Places.of(at.lat, at.lon, at.elevation_m)
-    fitted = fitted_methods(infill, places, configuration.data.hidden, seed)
-    samples = {}
-    for part in PARTS:
-        x, visible = series.x[series.parts[part]], infill.visible(part)
-        samples[f"{CLIMATOLOGY}/{part}"] = sums(infill, np.zeros(x.shape), part)
-        for method in fitted:
-            samples[f"{method.name}/{part}"] = sums(infill, method.infer(x, visible, places), part)
-    record = {"configuration": wanted, "parameters": {method.name: method.parameters for method in fitted}}
-    with whole_run(folder) as partial:
-        save_samples(partial / SAMPLES, samples, [at.variable], STRATA)
-        (partial / RECORD).write_text(json.dumps(record, indent=2))
-    return record, samples
+    configuration: InfillConfiguration, series: Series, arm: Arm, seed: int, data: str, scored: Scored
+) -> Methods:
+    """What is no network, fitted at stations that training sees, on up to `MOST_TIMES_FITTED` of its times."""
+    infill = Infill(
+        series, series.unseen(configuration.data.unseen, seed), True, series.days(arm.days), series.terrain()
+    )
+    places = Places.of(series.stations.lat, series.stations.lon, series.stations.elevation_m)
 
+    def compute() -> Methods:
+        random = np.random.RandomState(seed)
+        seen, times = np.flatnonzero(~infill.unseen), infill.times
+        if len(times) > MOST_TIMES_FITTED:
+            times = random.choice(times, MOST_TIMES_FITTED, replace=False)
+        x = series.x[times][:, seen]
+        covered = random.random_sample(x.shape) < configuration.data.hidden
+        known = np.isfinite(x)
+        fitted = fit_all(x, known & ~covered, known & covered, places.only(seen))
+        visible = {part: (series.x[series.parts[part]], infill.visible(part)) for part in PARTS}
+        return scored_methods(fitted, places, visible, lambda inferred, part: sums(infill, inferred, part))
 
-def fitted_methods(infill: Infill, places: Places, hidden: float, seed: int) -> list[Interpolation]:
-    """Methods fitted at stations that training sees, on up to `MOST_TIMES_FITTED` of its times."""
-    random = np.random.RandomState(seed)
-    seen = np.flatnonzero(~infill.unseen)
-    times = infill.times
-    if len(times) > MOST_TIMES_FITTED:
-        times = random.choice(times, MOST_TIMES_FITTED, replace=False)
-    x = infill.series.x[times][:, seen]
-    covered, known = random.random_sample(x.shape) < hidden, np.isfinite(x)
-    given = (x, known & ~covered, known & covered, places.only(seen))
-    return [
-        fit_inverse_distance(*given),
-        fit_optimal(*given, heights=False),
-        fit_optimal(*given, heights=True),
-    ]
+    identity = {"data": {**_named(configuration.data), "fingerprint": data}, "days": arm.days, "seed": seed}
+    return kept_methods(configuration.out / METHODS / arm.methods / f"seed{seed}", identity, scored, compute)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from climax_elevation.compare.config import Variant
+from climax_elevation.compare.fingerprints import Record, bias_files, digests
 from climax_elevation.compare.scores import PARTS, Samples, Scorer, load_samples, save_samples
 from climax_elevation.compare.strata import StrataSettings
 from climax_elevation.errors import InputError
@@ -47,11 +48,11 @@ from climax_elevation.testbed.fit import (
     one_thread,
     quiet,
 )
-from climax_elevation.testbed.infill import InfillFit
+from climax_elevation.testbed.masked import MaskedFit
 from climax_elevation.training import TerrainCallback
 from climax_elevation.upstream.arch import climax_class
 from climax_elevation.upstream.config import CLIMAX_CLASS, STAND_IN_CLASS
-from climax_elevation.upstream.locate import Source
+from climax_elevation.upstream.locate import ClimaXNotFound, Source, find_climax
 
 try:
     import resource
@@ -137,6 +138,18 @@ class Finished:
 def read_run(folder: Path) -> Finished:
     """A finished run."""
     return Finished(load_samples(folder / SAMPLES), json.loads((folder / RECORD).read_text()))
+
+
+def find_host(wanted: str) -> tuple[Source | None, str]:
+    """Whose architecture is trained, one of `HOSTS`, and its name; InputError if it is not to be found."""
+    if wanted == "stand-in":
+        return None, "stand-in"
+    try:
+        return find_climax(None), "ClimaX"
+    except ClimaXNotFound as error:
+        if wanted == "climax":
+            raise InputError(f"host is climax: {error}") from error
+        return None, "stand-in"
 
 
 def host_class(climax: Source | None) -> Callable[..., nn.Module]:
@@ -249,7 +262,7 @@ def _configuration(task: Task, img_size: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def record_of(configuration: dict[str, Any], fitted: Fitted | InfillFit, device: int | None) -> dict[str, Any]:
+def record_of(configuration: dict[str, Any], fitted: Fitted | MaskedFit, device: int | None) -> dict[str, Any]:
     """What is kept of a training beside its weights and scores."""
     return {
         "configuration": configuration,
@@ -418,6 +431,13 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
-def variant_identity(variant: Variant) -> dict[str, Any]:
-    """A variant without its name."""
-    return {name: value for name, value in asdict(variant).items() if name != "name"}
+def variant_identity(variant: Variant, files: Record | None = None) -> dict[str, Any]:
+    """A variant without its name, with what the files hold that it names.
+
+    Args:
+        variant: Which.
+        files: Of all variants; None: none is named.
+    """
+    own = {} if files is None else digests({name: files[name] for name in bias_files(variant.bias_args)})
+    named = {name: value for name, value in asdict(variant).items() if name != "name"}
+    return {**named, **({"files": own} if own else {})}

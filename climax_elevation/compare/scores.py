@@ -29,12 +29,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from climax_elevation.compare.strata import Strata, StrataSettings, divide
-from climax_elevation.data import names
 from climax_elevation.data.format import PARTITIONS
-from climax_elevation.errors import InputError
-from climax_elevation.files import PREPARE, load_npy, save_npz
+from climax_elevation.files import save_npz
 from climax_elevation.host.metrics import latitude_weights
-from climax_elevation.host.shards import ForecastDataset, GlobalForecastDataModule, Normalize
+from climax_elevation.host.shards import (
+    ForecastDataset,
+    GlobalForecastDataModule,
+    Normalize,
+    check_tiles,
+    read_ground,
+    read_places,
+)
 from climax_elevation.testbed.fit import DataSettings
 
 Array = NDArray[np.floating]
@@ -43,7 +48,6 @@ METRICS = ("rmse_standardised", "rmse", "acc", "skill_persistence", "skill_clima
 LOWER_IS_BETTER = ("rmse_standardised", "rmse")
 PARTS = PARTITIONS[1:]  # that are scored
 MEAN = "mean"
-OROGRAPHY, LAND = names.OROGRAPHY.name, names.LAND_SEA_MASK.name
 WIND = ("10m_u_component_of_wind", "10m_v_component_of_wind")
 
 
@@ -92,24 +96,12 @@ class Scorer:
             InputError: If the shards hold no orography, or patches do not tile it.
         """
         data = settings.module(batch_size)
-        first = data.shards["val"][0].path
-        with np.load(first) as shard:
-            if OROGRAPHY not in shard.files:
-                raise InputError(
-                    f"{settings.root_dir} has no orography, by which errors are divided and biases work; it has "
-                    f"{', '.join(sorted(shard.files))}: prepare it with orography"
-                )
-            elevation_m = shard[OROGRAPHY][0, 0].astype(np.float64)
-            land = shard[LAND][0, 0] >= 0.5 if LAND in shard.files else None
+        first = data.shards["val"][0]
+        elevation_m, land = read_ground(data.root, first)
+        with np.load(first.path) as shard:
             wind = all(name in shard.files for name in WIND)
-        for size in elevation_m.shape:
-            if size % patch_size:
-                raise InputError(
-                    f"patches of {patch_size} pixels do not tile fields of {elevation_m.shape[0]} x "
-                    f"{elevation_m.shape[1]}: choose another model.patch_size, or prepare with "
-                    f"--patch-size {patch_size}"
-                )
-        divided = divide(elevation_m, *_places(data), patch_size, strata, land=land, wind=wind)
+        check_tiles(elevation_m.shape, patch_size)
+        divided = divide(elevation_m, *read_places(data.root), patch_size, strata, land=land, wind=wind)
         return Scorer(data, divided, wind)
 
     def network(self, net: nn.Module, part: str) -> Samples:
@@ -176,14 +168,6 @@ class Scorer:
 
     def _statistics(self) -> tuple[Array, Array]:
         return self.data.output_transforms.mean, self.data.output_transforms.std
-
-
-def _places(data: GlobalForecastDataModule) -> tuple[Array, Array]:
-    """Latitude and longitude, in two dimensions where the grid is projected."""
-    curved = [data.root / name for name in ("lat2d.npy", "lon2d.npy")]
-    if all(path.is_file() for path in curved):
-        return load_npy(curved[0], PREPARE), load_npy(curved[1], PREPARE)
-    return data.get_lat_lon()
 
 
 def _anomaly_sums(p: Tensor, t: Tensor, weights: Tensor) -> Tensor:

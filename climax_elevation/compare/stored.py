@@ -134,11 +134,11 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def unheard() -> Iterator[None]:
-    """What a network says of its terrain is in its run's log."""
+def unheard(below: int = logging.WARNING) -> Iterator[None]:
+    """What a network says of its terrain is in its run's log, but for what is as grave as `below`."""
     library = logging.getLogger("climax_elevation")
     level = library.level
-    library.setLevel(logging.WARNING)
+    library.setLevel(below)
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from climax_elevation.data.format import PARTITIONS
+from climax_elevation.data.names import LAND_SEA_MASK, OROGRAPHY
 from climax_elevation.data.record import repeats
 from climax_elevation.data.shares import Part, Share, batches_a_process, split, stretch
 from climax_elevation.errors import InputError
@@ -31,6 +32,7 @@ from climax_elevation.files import (
     load_npz,
     load_scalars,
     npz_shapes,
+    reading,
 )
 from climax_elevation.host.loading import Loader, ResumableLoader, Stretch
 from climax_elevation.terrain.reader import HOURS_PER_LEAD_TIME
@@ -240,8 +242,8 @@ class GlobalForecastDataModule(LightningDataModule):
         needed = list(dict.fromkeys([*self.variables, *self.out_variables]))
         self.transforms = self._normalize(self.variables)
         self.output_transforms = self._normalize(self.out_variables)
-        self.shards = {part: _find_shards(self.root / part, needed, predict_range) for part in PARTITIONS}
-        _check_sizes(self.root, self.shards, *self.get_lat_lon())
+        self.shards = {part: find_shards(self.root / part, needed, predict_range) for part in PARTITIONS}
+        check_sizes(self.root, self.shards, *self.get_lat_lon())
         self.val_clim = self._climatology("val")
         self.test_clim = self._climatology("test")
         self.data_train = self._dataset("train", buffer_size)
@@ -290,7 +292,7 @@ class GlobalForecastDataModule(LightningDataModule):
         self.data_train.epoch = state_dict["epochs_begun"]
 
     def _normalize(self, variables: Sequence[str]) -> Normalize:
-        mean, std = (_load_statistics(self.root / f"normalize_{kind}.npz", variables) for kind in ("mean", "std"))
+        mean, std = (load_statistics(self.root / f"normalize_{kind}.npz", variables) for kind in ("mean", "std"))
         for name, value in zip(variables, std, strict=True):
             if not (value > 0).all():
                 raise InputError(
@@ -381,7 +383,8 @@ def _shuffled(samples: Iterator[Drawn], buffer_size: int, random: np.random.Gene
         yield buffer[drawn]
 
 
-def _find_shards(folder: Path, needed: Sequence[str], predict_range: int) -> list[Shard]:
+def find_shards(folder: Path, needed: Sequence[str], predict_range: int) -> list[Shard]:
+    """The shards of a part, in order; InputError if there is none, or one lacks a variable or is too short."""
     paths = sorted(path for path in folder.glob("*.npz") if "climatology" not in path.name)
     if not paths:
         raise InputError(f"{folder} has no shard (*.npz): prepare data into {folder.parent}, or mend data.root_dir")
@@ -405,7 +408,8 @@ def _inspect(path: Path, needed: Sequence[str], common: int | None) -> Shard:
     return Shard(path, shape[0], (shape[2], shape[3]), common)
 
 
-def _check_sizes(root: Path, shards: dict[str, list[Shard]], lat: NDArray[Any], lon: NDArray[Any]) -> None:
+def check_sizes(root: Path, shards: dict[str, list[Shard]], lat: NDArray[Any], lon: NDArray[Any]) -> None:
+    """Raise InputError unless all shards are of the grid of these coordinates."""
     size = (len(lat), len(lon))
     for shard in (shard for part in shards.values() for shard in part):
         if shard.size != size:
@@ -415,10 +419,40 @@ def _check_sizes(root: Path, shards: dict[str, list[Shard]], lat: NDArray[Any], 
             )
 
 
-def _load_statistics(path: Path, variables: Sequence[str]) -> NDArray[Any]:
+def load_statistics(path: Path, variables: Sequence[str]) -> NDArray[Any]:
     """One a variable, `[V]`."""
     found = load_scalars(path, PREPARE)
     check_names(path, list(found), variables)
     values = {name: np.array([found[name]]) for name in variables}
     check_finite(values, path, PREPARE)
     return np.concatenate([values[name] for name in variables])
+
+
+def check_tiles(size: Sequence[int], patch_size: int) -> None:
+    """Raise InputError unless patches tile fields of so many rows and columns."""
+    if any(pixels % patch_size for pixels in size):
+        raise InputError(
+            f"patches of {patch_size} pixels do not tile fields of {size[0]} x {size[1]}: choose another "
+            f"model.patch_size, or prepare with --patch-size {patch_size}"
+        )
+
+
+def read_ground(root: Path, shard: Shard) -> tuple[NDArray[np.float64], NDArray[np.bool_] | None]:
+    """Elevation in metres, and where there is land, if that is known, `[H, W]`; InputError without an orography."""
+    with reading(shard.path, PREPARE), np.load(shard.path) as arrays:
+        if OROGRAPHY.name not in arrays.files:
+            raise InputError(
+                f"{root} has no orography, by which errors are divided and biases work; it has "
+                f"{', '.join(sorted(arrays.files))}: prepare it with orography"
+            )
+        land = arrays[LAND_SEA_MASK.name][0, 0] >= 0.5 if LAND_SEA_MASK.name in arrays.files else None
+        return arrays[OROGRAPHY.name][0, 0].astype(np.float64), land
+
+
+def read_places(root: Path) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """Latitude and longitude, degrees, in two dimensions where the grid is projected."""
+    curved = [root / name for name in ("lat2d.npy", "lon2d.npy")]
+    chosen = curved if all(path.is_file() for path in curved) else [root / name for name in ("lat.npy", "lon.npy")]
+    lat, lon = (load_npy(path, PREPARE) for path in chosen)
+    check_degrees(lat, lon, root)
+    return lat, lon

@@ -70,6 +70,20 @@ def downsample_wind(u: Tensor, v: Tensor, patch_size: int) -> tuple[Tensor, Tens
     return u, v, speed
 
 
+def patch_centres(lat: Tensor, lon: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Latitude and longitude of patches, degrees, `[L]` each.
+
+    Args:
+        lat, lon: Of the pixels, degrees, `[H, W]`.
+        patch_size: As `downsample_elevation`.
+    """
+    radians = torch.deg2rad(lon)
+    # a patch may straddle the dateline, so longitudes are averaged on the circle
+    fields = (lat, torch.cos(radians), torch.sin(radians))
+    north_south, east, north = (downsample_elevation(field[None], patch_size)[0] for field in fields)
+    return north_south, torch.rad2deg(torch.atan2(north, east))
+
+
 @dataclass(frozen=True)
 class Terrain:
     """What a bias may know of the ground and the air over it, a value a patch.

@@ -16,7 +16,7 @@ from climax_elevation.errors import InputError
 from climax_elevation.files import check_degrees
 from climax_elevation.terrain.controls import controlled, shuffled
 from climax_elevation.terrain.elevation_file import ElevationField
-from climax_elevation.terrain.fields import Terrain, downsample_elevation, downsample_wind
+from climax_elevation.terrain.fields import Terrain, downsample_elevation, downsample_wind, patch_centres
 from climax_elevation.terrain.plausible import HIGHEST_M, LOWEST_M
 from climax_elevation.watch import judge, judged, settle
 
@@ -173,12 +173,9 @@ class TerrainReader(nn.Module):
                 f"the model's img_size is {list(self.img_size)}, and {source} has {lat.shape[0]} latitudes "
                 f"and {lon.shape[-1]} longitudes"
             )
-        to_patches = lambda field: downsample_elevation(torch.from_numpy(field)[None], self.patch_size)[0]  # noqa: E731
-        radians = np.deg2rad(lon)
-        # a patch may straddle the dateline, so longitudes are averaged on the circle
-        east, north = to_patches(np.cos(radians)), to_patches(np.sin(radians))
-        self._store("lat", to_patches(lat), source)
-        self._store("lon", torch.rad2deg(torch.atan2(north, east)), source)
+        centres = patch_centres(torch.from_numpy(lat), torch.from_numpy(lon), self.patch_size)
+        self._store("lat", centres[0], source)
+        self._store("lon", centres[1], source)
 
     @property
     def sources(self) -> dict[str, str]:

@@ -7,12 +7,9 @@ their standard deviation. A part of the stations is never seen in training: neit
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -30,7 +27,8 @@ from climax_elevation.options import AttachOptions
 from climax_elevation.other_hosts import attach_blocks, terrain_given
 from climax_elevation.terrain.controls import controlled, shuffled
 from climax_elevation.terrain.fields import Terrain
-from climax_elevation.testbed.fit import WARM_UP_SHARE, TrainingSettings, bias_scalars
+from climax_elevation.testbed.fit import TrainingSettings
+from climax_elevation.testbed.masked import MaskedFit, fit_masked
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +40,6 @@ OF_ATTACH = ("blocks", "engine", "terrain_is_flat")
 OF_CONTROL = ("control", "control_seed")
 SECONDS_A_DAY, DAYS_A_YEAR = 86400, 365.2425
 VALUES_A_TERM = 5  # of a climatology, at least
-MOST_TIMES_FITTED = 400  # for methods that have two or three parameters
 SETS = 7919  # of the numbers that hidden sets are drawn with
 
 
@@ -311,21 +308,6 @@ def build_infill(
 
 
 @dataclass(frozen=True)
-class InfillFit:
-    """A finished training.
-
-    Attributes:
-        curve: Steps, and the validation error at hidden stations that training sees, in standard deviations.
-        seconds_a_step: Median.
-        scalars: Each of the biases' single numbers, before and after.
-    """
-
-    curve: list[tuple[int, float]]
-    seconds_a_step: float
-    scalars: dict[str, tuple[float, float]]
-
-
-@dataclass(frozen=True)
 class Infill:
     """One network at work on a series.
 
@@ -352,7 +334,7 @@ class Infill:
         seed: int,
         keep_best: bool,
         on_step: Callable[[float | None], None],
-    ) -> InfillFit:
+    ) -> MaskedFit:
         """Train on the stations that are seen, of which others are hidden at each step.
 
         Args:
@@ -369,14 +351,8 @@ class Infill:
         known = x.isfinite()
         x = torch.where(known, x, 0.0)
         places = self.series.inputs(~self.unseen, self.elevation_input)[seen]
-        optimizer = torch.optim.AdamW(_groups(net, training), betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _shape(training.steps))
-        before, curve, seconds = bias_scalars(net), [], []
-        least, best = float("inf"), None
-        every = training.steps // training.validations
-        net.train()
-        for step in range(1, training.steps + 1):
-            started = time.perf_counter()
+
+        def learn() -> None:
             rows = torch.randint(len(x), (training.batch_size,), generator=random)
             covered = torch.rand(len(rows), len(seen), generator=random) < hidden
             # a part of the ground is seen: handed in anew, since validation sees all of it
@@ -384,23 +360,9 @@ class Infill:
                 inferred = net(x[rows], known[rows] & ~covered, places)
                 scored = known[rows] & covered
                 loss = ((inferred - x[rows]).square() * scored).sum() / scored.sum().clamp(min=1)
-                optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            seconds.append(time.perf_counter() - started)
-            if step % every == 0:
-                error = self._validation(net)
-                curve.append((step, error))
-                if error < least:
-                    least, best = error, deepcopy(net.state_dict())
-                net.train()
-            on_step(curve[-1][1] if curve else None)
-        if keep_best and best is not None:
-            net.load_state_dict(best)
-        after = bias_scalars(net)
-        return InfillFit(curve, median(seconds), {name: (before[name], after[name]) for name in after})
+
+        return fit_masked(net, training, learn, lambda: self._validation(net), keep_best=keep_best, on_step=on_step)
 
     def infer(self, net: InfillNetwork, part: str, most: int | None = None) -> Array:
         """The network's anomalies at all stations, `[times, S]`, at a part's times or its first `most` of them."""
@@ -441,31 +403,3 @@ def _over(net: nn.Module, terrain: Terrain) -> Iterator[None]:
     biased = any(isinstance(part, ElevationBias) for part in net.modules())
     with terrain_given(net, terrain) if biased else nullcontext():
         yield
-
-
-def _groups(net: nn.Module, training: TrainingSettings) -> list[dict[str, Any]]:
-    """Biases are never decayed, and learn at a rate of their own."""
-    own = {id(p) for part in net.modules() if isinstance(part, ElevationBias) for p in part.parameters()}
-    host: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    biases: list[nn.Parameter] = []
-    for parameter in net.parameters():
-        (biases if id(parameter) in own else host if parameter.dim() > 1 else plain).append(parameter)
-    groups = [
-        {"params": host, "weight_decay": training.weight_decay, "lr": training.lr},
-        {"params": plain, "weight_decay": 0.0, "lr": training.lr},
-        {"params": biases, "weight_decay": 0.0, "lr": training.lr * training.lr_factor},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _shape(steps: int) -> Callable[[int], float]:
-    """A rise over the first tenth, then a cosine."""
-    rise = max(1, steps // WARM_UP_SHARE)
-
-    def share(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + float(np.cos(np.pi * (step - rise) / max(1, steps - rise))))
-
-    return share

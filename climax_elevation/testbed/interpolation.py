@@ -27,6 +27,7 @@ EARTH_RADIUS_KM = 6371.0
 POWERS = (0.1, 8.0)
 NEAREST_KM = 1e-3  # places are apart, if only in height
 NOISE, HEIGHT_SCALE_M = 0.3, 500.0  # where the search begins
+TIMES_AT_A_TIME = 256
 FORMS: dict[str, Callable[[Array], Array]] = {
     "Gaussian": lambda scaled: np.exp(-(scaled**2) / 2),
     "exponential": lambda scaled: np.exp(-scaled),
@@ -35,7 +36,7 @@ FORMS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class Places:
-    """Where stations are, two by two.
+    """Where stations are, or the centres of patches, two by two.
 
     Attributes:
         distance_km: Chord, `[S, S]`.
@@ -71,6 +72,12 @@ class Interpolation:
     name: str
     parameters: dict[str, float | str]
     infer: Callable[[Array, Mask, Places], Array]
+
+
+def fit_all(x: Array, visible: Mask, scored: Mask, places: Places) -> list[Interpolation]:
+    """Inverse distance, and optimal interpolation without heights and with them; arguments as `fit_optimal`'s."""
+    given = (x, visible, scored, places)
+    return [fit_inverse_distance(*given), fit_optimal(*given, heights=False), fit_optimal(*given, heights=True)]
 
 
 def fit_inverse_distance(x: Array, visible: Mask, scored: Mask, places: Places) -> Interpolation:
@@ -121,14 +128,18 @@ def _optimal(x: Array, visible: Mask, places: Places, form: str, logs: Array) ->
     if height:
         covariance = covariance * np.exp(-((places.rise_m / height[0]) ** 2) / 2)
     result = np.empty(x.shape)
-    known = np.where(visible, x, 0.0)
-    for rows in np.array_split(np.arange(len(x)), max(1, len(x) // 256)):  # 256 x S x S numbers at a time
-        seen = visible[rows].astype(float)
-        # what is hidden is a system of its own, x = 0
-        system = covariance * seen[:, :, None] * seen[:, None, :]
-        diagonal = np.arange(x.shape[1])
-        system[:, diagonal, diagonal] = np.where(visible[rows], 1 + noise, 1.0)
-        result[rows] = (np.linalg.solve(system, known[rows][..., None])[..., 0] * seen) @ covariance
+    most = int(visible.sum(axis=1).max(initial=0))
+    diagonal = np.arange(most)
+    for rows in np.array_split(np.arange(len(x)), max(1, len(x) // TIMES_AT_A_TIME)):
+        # the visible ones first; a row that has fewer is filled up with others, whose weight is 0
+        chosen = np.argsort(~visible[rows], axis=1, kind="stable")[:, :most]
+        seen = np.take_along_axis(visible[rows], chosen, axis=1)
+        known = np.where(seen, np.take_along_axis(x[rows], chosen, axis=1), 0.0)
+        system = covariance[chosen[:, :, None], chosen[:, None, :]] * (seen[:, :, None] & seen[:, None, :])
+        system[:, diagonal, diagonal] = np.where(seen, 1 + noise, 1.0)
+        weights = np.zeros(visible[rows].shape)
+        np.put_along_axis(weights, chosen, np.linalg.solve(system, known[..., None])[..., 0] * seen, axis=1)
+        result[rows] = weights @ covariance
     return result
 
 

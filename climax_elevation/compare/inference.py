@@ -1,0 +1,265 @@
+"""What comparisons of networks that infer hidden values share: arms, methods beside the networks, tables.
+
+An arm is what is the same for all networks that are compared with each other. Each has the folder of its name, with
+runs and tables of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from climax_elevation.compare.config import Design
+from climax_elevation.compare.fingerprints import Record, read_records, write_records
+from climax_elevation.compare.runs import (
+    RECORD,
+    SAMPLES,
+    Finished,
+    Work,
+    read_run,
+    remove_partial,
+    run_missing,
+    whole_run,
+)
+from climax_elevation.compare.scores import PARTS, Samples, load_samples, save_samples
+from climax_elevation.compare.stored import (
+    FILES,
+    RUNS,
+    Planned,
+    check_stored,
+    check_unchanged,
+    plain,
+    save_tables,
+)
+from climax_elevation.compare.tables import Results, differences_table, results_table
+from climax_elevation.errors import InputError
+from climax_elevation.testbed.interpolation import Interpolation, Mask, Places
+
+logger = logging.getLogger(__name__)
+
+Array = NDArray[np.float64]
+
+METRICS = ("rmse_standardised", "rmse")
+METHODS = "methods"  # the folder of what is no network
+CLIMATOLOGY = "climatology"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is the same for all networks that are compared with each other.
+
+    Args:
+        elevation_input: Whether they are told heights.
+    """
+
+    elevation_input: bool
+
+    @property
+    def told(self) -> str:
+        """What they are told of heights, in a word."""
+        return "given" if self.elevation_input else "withheld"
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        raise NotImplementedError
+
+    @property
+    def methods(self) -> str:
+        """The folder of the methods that were fitted to the same."""
+        raise NotImplementedError
+
+
+class ArmTask(Planned, Work, Protocol):
+    """A run in an arm."""
+
+    @property
+    def arm(self) -> Arm: ...
+
+
+Run = TypeVar("Run", bound=ArmTask)
+Key = tuple[str, int | None]  # of methods: the folder that their arms name, and the seed; None: the same for all seeds
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What errors are of.
+
+    Attributes:
+        variable: That is inferred.
+        std: Its standard deviation.
+        strata: By which errors are divided.
+        host: Whose architecture it is.
+    """
+
+    variable: str
+    std: float
+    strata: tuple[str, ...]
+    host: str
+
+
+@dataclass(frozen=True)
+class Methods:
+    """What is no network, fitted on training, and its scores.
+
+    Attributes:
+        parameters: Of each method, by name with its unit.
+        samples: By "METHOD/PART".
+    """
+
+    parameters: dict[str, dict[str, float | str]]
+    samples: dict[str, Samples]
+
+
+def arms_of(tasks: Iterable[ArmTask]) -> list[Arm]:
+    """Each once, in order."""
+    return list({task.arm.name: task.arm for task in tasks}.values())
+
+
+def train_missing(
+    configuration: Design,
+    tasks: Sequence[Run],
+    files: dict[str, Record],
+    examine: Callable[[dict[str, Record]], dict[str, Record]],
+    check: Callable[[Sequence[Run]], None],
+    jobs: int,
+) -> None:
+    """Run what is not there, once all of it is known to work; networks this small gain nothing on GPUs.
+
+    Args:
+        configuration: What was asked for.
+        tasks: All runs.
+        files: What they depend on, "data" and more, as `examine` has just found it.
+        examine: What the files hold, given what they held.
+        check: Raises InputError if one of the runs that are to do cannot be.
+        jobs: How many at a time.
+    """
+    out, before = configuration.out, read_records(configuration.out / FILES)
+    arms = arms_of(tasks)
+    for arm in arms:
+        own = [task for task in tasks if task.arm.name == arm.name]
+        check_stored(out / arm.name, own, before.get("data", {}), files["data"])
+    to_do = [task for task in tasks if not task.done]
+    check(to_do)
+    for folder in (METHODS, *(f"{arm.name}/{RUNS}" for arm in arms)):
+        remove_partial(out / folder)
+    logger.info(
+        "%d variants with %d seeds in %d arms: %d runs, %d of them finished before; %d at a time on the CPU",
+        len(configuration.variants),
+        len(configuration.seeds),
+        len(arms),
+        len(tasks),
+        len(tasks) - len(to_do),
+        jobs,
+    )
+    write_records(out / FILES, files)
+    if to_do:
+        run_missing(to_do, tasks, jobs, [])
+        check_unchanged(files, examine(files), to_do)
+
+
+def kept_methods(folder: Path, identity: dict[str, Any], scored: Scored, compute: Callable[[], Methods]) -> Methods:
+    """Methods that were fitted before, or are now.
+
+    Args:
+        folder: Where they are, or go.
+        identity: All that defines them.
+        scored: What they are scored on.
+        compute: Fits and scores.
+    """
+    wanted = plain(identity)
+    if (folder / RECORD).is_file():
+        record = json.loads((folder / RECORD).read_text())
+        if record["configuration"] == wanted:
+            return Methods(record["parameters"], load_samples(folder / SAMPLES))
+        raise InputError(f"{folder} is of other data or settings: give another --out, or remove what is there")
+    methods = compute()
+    with whole_run(folder) as partial:
+        save_samples(partial / SAMPLES, methods.samples, [scored.variable], scored.strata)
+        record = {"configuration": wanted, "parameters": methods.parameters}
+        (partial / RECORD).write_text(json.dumps(record, indent=2))
+    return methods
+
+
+def scored_methods(
+    fitted: Sequence[Interpolation],
+    places: Places,
+    visible: Mapping[str, tuple[Array, Mask]],
+    sums: Callable[[Array, str], Samples],
+) -> Methods:
+    """Fitted methods, and the climatology, scored.
+
+    Args:
+        fitted: Methods.
+        places: Of all tokens.
+        visible: Of each part the anomalies and which of them may be seen, `[T, L]` each.
+        sums: Squared errors of what was inferred, `[T, L]`, by part.
+    """
+    samples = {}
+    for part, (x, seen) in visible.items():
+        samples[f"{CLIMATOLOGY}/{part}"] = sums(np.zeros(x.shape), part)
+        for method in fitted:
+            samples[f"{method.name}/{part}"] = sums(method.infer(x, seen, places), part)
+    return Methods({method.name: method.parameters for method in fitted}, samples)
+
+
+def tables(
+    configuration: Design,
+    tasks: Sequence[ArmTask],
+    methods: Mapping[Key, Methods],
+    scored: Scored,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores and differences of all arms, each arm's written to its folder too.
+
+    Args:
+        configuration: What was asked for.
+        tasks: All runs, which are there.
+        methods: All of them.
+        scored: What errors are of.
+    """
+    both: tuple[list[pd.DataFrame], list[pd.DataFrame]] = [], []
+    for arm in arms_of(tasks):
+        results = Results(
+            configuration=configuration,
+            variables=[scored.variable],
+            strata=scored.strata,
+            std=np.array([scored.std]),
+            runs={(t.variant.name, t.seed): read_run(t.folder) for t in tasks if t.arm.name == arm.name},
+            references={},
+            floors={},
+            host=scored.host,
+            metrics=METRICS,
+        )
+        networks, differing = results_table(results), differences_table(results)
+        others = results_table(replace(results, runs=_in_the_place_of_runs(methods, arm)))
+        table = pd.concat([networks, others[others.part != "train"]], ignore_index=True)
+        for kind, rows in zip(both, (table, differing), strict=True):
+            rows.insert(0, "arm", arm.name)
+            kind.append(rows)
+        save_tables(configuration.out / arm.name, table, differing)
+    table, differing = (pd.concat(kind, ignore_index=True) for kind in both)
+    return table, differing
+
+
+def records_of(tasks: Iterable[ArmTask]) -> list[dict[str, Any]]:
+    """Of all runs."""
+    return [json.loads((task.folder / RECORD).read_text()) for task in tasks]
+
+
+def _in_the_place_of_runs(methods: Mapping[Key, Methods], arm: Arm) -> dict[Any, Finished]:
+    cost = dict.fromkeys(("seconds_a_step", "peak_memory_mib", "seconds"), float("nan"))
+    runs = {}
+    for (folder, seed), kept in methods.items():
+        if folder == arm.methods:
+            for name in dict.fromkeys(key.rpartition("/")[0] for key in kept.samples):
+                of_parts = {part: kept.samples[f"{name}/{part}"] for part in PARTS}
+                runs[name, seed] = Finished(of_parts, {**cost, "scalars": {}})
+    return runs
