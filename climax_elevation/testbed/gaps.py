@@ -194,9 +194,9 @@ def read_fields(settings: GapsSettings, patch_size: int) -> Fields:
         loaded = load_npz(shard.path, PREPARE, names)
         check_finite(loaded, shard.path, PREPARE)
         for name in names:
-            arrays[name].append(loaded[name][:, 0])
+            arrays[name].append(loaded[name][shard.first(0) :, 0])
     values = np.concatenate(arrays[settings.variable]).astype(np.float64)
-    steps = {part: sum(shard.steps for shard in shards[part]) for part in PARTITIONS}
+    steps = {part: sum(shard.pairs(0) for shard in shards[part]) for part in PARTITIONS}
     ends = np.cumsum([0, *steps.values()])
     parts = {part: np.arange(ends[i], ends[i + 1]) for i, part in enumerate(PARTITIONS)}
     if settings.cycle > 1:
@@ -215,7 +215,7 @@ def read_fields(settings: GapsSettings, patch_size: int) -> Fields:
         deviation,
         np.stack(others, axis=1).astype(np.float32) if others else np.empty((len(x), 0, *x.shape[1:]), np.float32),
         parts,
-        np.repeat(np.arange(len(every)), [shard.steps for shard in every]),
+        np.repeat(np.arange(len(every)), [shard.pairs(0) for shard in every]),
         ground_m,
         land,
         np.asarray(lat, dtype=np.float64),
@@ -247,7 +247,11 @@ def _check_follow(root: Path, shards: list[Shard]) -> None:
         record = json.loads(path.read_text())
         hours = float(record["hours_per_step"])
         times = {shard["file"]: (_date(shard["first"]), _date(shard["last"])) for shard in record["shards"]}
-        spans = [times[shard.path.relative_to(root).as_posix()] for shard in shards]
+        ends = [times[shard.path.relative_to(root).as_posix()] for shard in shards]
+        spans = [
+            (first + shard.first(0) * timedelta(hours=hours), last)
+            for shard, (first, last) in zip(shards, ends, strict=True)
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(
             f"{path} does not tell the times of all shards, and data.cycle counts steps: set data.cycle: 1, or prepare "
