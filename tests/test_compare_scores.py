@@ -9,6 +9,7 @@ import torch
 
 from climax_elevation.compare.scores import METRICS, Samples, Scorer, load_samples, save_samples, score
 from climax_elevation.compare.strata import StrataSettings
+from climax_elevation.data.prepare import prepare
 from climax_elevation.errors import InputError
 from climax_elevation.files import save_npz
 from climax_elevation.host.metrics import lat_weighted_acc, lat_weighted_rmse
@@ -48,6 +49,18 @@ def _forecasts(scorer: Scorer, net: torch.nn.Module) -> tuple[np.ndarray, np.nda
                 truth.append(np.concatenate([fields[name][i + 2] for name in tiny_data.TARGETS]))
                 start.append(physical.numpy())
     return tuple(np.array(fields, dtype=np.float64) for fields in (predicted, truth, start))  # type: ignore[return-value]
+
+
+def test_a_stretch_of_time_is_one_block_in_however_many_shards_it_lies(
+    scorer: Scorer, net: torch.nn.Module, tmp_path: Path
+) -> None:
+    """Resampling draws blocks: shards that go on after one another are not independent."""
+    cut = prepare(scorer.data.root, tmp_path / "cut", predict_range=2, shard_steps=4).out
+    anew = Scorer.of(_settings(cut), StrataSettings(slope_wind_m_s=0.02), patch_size=2, batch_size=3)
+    assert len(anew.data.shards["test"]) == 5  # of 2 pairs, or 1
+    here, there = (each.network(net, "test") for each in (scorer, anew))
+    assert there.shard.tolist() == here.shard.tolist() == [0] * 4 + [1] * 2 + [2] * 3
+    np.testing.assert_array_equal(there.squares, here.squares)
 
 
 def test_equals_plain_loops(scorer: Scorer, net: torch.nn.Module) -> None:

@@ -82,6 +82,14 @@ def test_a_process_without_a_shard_is_refused(root):
     check_shares(upstreams(root, 4, workers=0), 4, 0)
 
 
+def test_shares_of_climate_projection_by_hand():
+    datasets = {f"dataset_{part}": range(size) for part, size in (("train", 11), ("val", 4), ("test", 3))}
+    shares = count_shares(SimpleNamespace(**datasets, hparams={"batch_size": 2}), 3)
+    assert shares == [Share("train", 0, 11, 0, 4, 2), Share("val", 0, 4, 0, 2, 1), Share("test", 0, 3, 0, 1, 1)]
+    first, *_ = announced(trainer(max_epochs=2), shares, 3, 2)
+    assert first == "train: 11 samples, 4 a process, 2 batches"
+
+
 def test_more_processes_than_samples_are_refused_with_either_reader(root):
     module = GlobalForecastDataModule(str(root), tiny_data.VARIABLES, 4, predict_range=2, batch_size=2)
     check_shares(module.shares(5), 5, 1)

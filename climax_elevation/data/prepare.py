@@ -279,10 +279,15 @@ def _difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str
 def _recorded(begun: Mapping[str, Any] | None, axis: TimeAxis) -> list[Shard]:
     """The shards that an earlier run of the same command planned, perhaps by another rule; [] where there are none."""
     steps = {stamp: index for index, stamp in enumerate(axis.stamps)}
-    return [
-        Shard(shard["file"], steps[shard["first"]], steps[shard["last"]] + 1, shard.get("repeats"))
-        for shard in (begun or {}).get("shards", [])
-    ]
+    try:
+        return [
+            Shard(shard["file"], steps[shard["first"]], steps[shard["last"]] + 1, shard.get("repeats"))
+            for shard in (begun or {}).get("shards", [])
+        ]
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{RECORD} of OUT names shards that are not of this source: choose a new or empty folder"
+        ) from None
 
 
 def _announce(plan: _Plan) -> None:

@@ -13,7 +13,7 @@ class Share(NamedTuple):
 
     Attributes:
         part: "train", "val" or "test", or "train of" one of several sources.
-        shards: Files of the part.
+        shards: Files of the part; 0 where samples are not read from such.
         samples: Pairs in them.
         left_out: Pairs that no process reads in an epoch.
         fewest: Pairs of the process that has the fewest.

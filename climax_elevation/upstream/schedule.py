@@ -20,7 +20,7 @@ def count_shares(datamodule: Any, processes: int, nodes: int = 1) -> list[Share]
     """What each process is given of each part; []: the data module is none that this knows.
 
     Args:
-        datamodule: The plugin's own, or one of upstream's for forecasting or pretraining.
+        datamodule: The plugin's own, or one of upstream's.
         processes: All of the run.
         nodes: Their machines, of which pretraining gives each a source of data.
     """
@@ -28,6 +28,8 @@ def count_shares(datamodule: Any, processes: int, nodes: int = 1) -> list[Share]
         return datamodule.shares(processes)
     if hasattr(datamodule, "dict_lister_trains"):
         return list(_of_pretraining(datamodule, processes // nodes))
+    if all(hasattr(datamodule, f"dataset_{part}") for part in PARTITIONS):
+        return [_of_projection(datamodule, part, processes) for part in PARTITIONS]
     if not all(hasattr(datamodule, f"lister_{part}") for part in PARTITIONS):
         return []
     settings = datamodule.hparams
@@ -38,6 +40,13 @@ def count_shares(datamodule: Any, processes: int, nodes: int = 1) -> list[Share]
         )
         for part, paths in ((part, getattr(datamodule, f"lister_{part}")) for part in PARTITIONS)
     ]
+
+
+def _of_projection(datamodule: Any, part: str, processes: int) -> Share:
+    """Of climate projection, whose samples Lightning shares out, some of them twice where processes do not divide."""
+    samples = len(getattr(datamodule, f"dataset_{part}"))
+    each = ceil(samples / processes)
+    return Share(part, 0, samples, 0, each, ceil(each / datamodule.hparams["batch_size"]))
 
 
 def _of_pretraining(datamodule: Any, processes: int) -> Iterator[Share]:
@@ -222,13 +231,13 @@ def announced(trainer: Trainer, shares: Sequence[Share], processes: int, batch_s
     """Lines that say who reads how much, and how far the run goes."""
     for share in shares:
         rest = f"; {share.left_out} are left out of an epoch" if share.left_out else ""
-        if processes > 1 and share.fewest == share.samples:
+        if processes > 1 and share.fewest == share.samples and share.shards:
             rest = "; every process reads all of them, which data.num_workers: 1 mends"
         if share.drawn:
             rest += "; each process draws its shards by itself, some of them twice an epoch and others not at all"
         yield (
-            f"{share.part}: {share.samples} samples in {share.shards} shards, {share.fewest} a process, "
-            f"{share.batches} batches{rest}"
+            f"{share.part}: {share.samples} samples{f' in {share.shards} shards' if share.shards else ''}, "
+            f"{share.fewest} a process, {share.batches} batches{rest}"
         )
     if not shares:
         return
