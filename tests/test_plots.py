@@ -518,3 +518,15 @@ def test_places_in_words():
     words = {0: "0°", 360: "0°", 180: "180°", -180: "180°", 290.5: "69.5° W", -190: "170° E", 10: "10° E"}
     assert {lon: longitude_words(lon) for lon in words} == words
     assert [latitude_words(lat) for lat in (-20, 0, 7.25)] == ["20° S", "0°", "7.25° N"]
+
+
+def test_numbers_of_a_scale_are_whole():
+    """Of a field that hardly varies: matplotlib would take out what they share, and write it over the label."""
+    values = 293.6 + 0.01 * np.random.default_rng(0).random((6, 6))
+    field = Field(np.arange(6.0), np.arange(6.0), values)
+    figure = plots.forecast_figure(field, 1e-5 * (values - 293.605), None, "2m_temperature", "now", "K")
+    figure.canvas.draw()
+    for axes in figure.axes:
+        assert not axes.xaxis.get_offset_text().get_text()
+        assert not axes.yaxis.get_offset_text().get_text()
+    pyplot.close(figure)

@@ -140,7 +140,10 @@ def draw_map(
     else:
         bar = axes.figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.9, extend=extend)
     bar.set_label(label)
-    (bar.ax.yaxis if wide else bar.ax.xaxis).set_major_locator(MaxNLocator(4))
+    scale = bar.ax.yaxis if wide else bar.ax.xaxis
+    scale.set_major_locator(MaxNLocator(4))
+    # each number whole: what matplotlib takes out of all of them lies on the label
+    scale.set_major_formatter(lambda value, _: f"{value:.6g}".replace("-", "\N{MINUS SIGN}"))
     limits_drawn = (axes.get_xlim(), axes.get_ylim())
     if ground is not None and len(levels := contour_levels_m(ground.values)):
         for colour, width in (("white", 2.0), (BLACK, 0.8)):  # seen on dark and on bright colours
