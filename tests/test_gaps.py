@@ -19,7 +19,8 @@ from prepare_data import with_units, write
 
 from climax_elevation.cli import main
 from climax_elevation.compare import compare
-from climax_elevation.compare.gaps import read_gaps, sums
+from climax_elevation.compare.gaps import patch_strata, read_gaps, sums
+from climax_elevation.compare.strata import StrataSettings
 from climax_elevation.data.prepare import prepare
 from climax_elevation.errors import InputError
 from climax_elevation.host import StandInClimaX
@@ -47,7 +48,12 @@ def source(folder: Path, months: int = 120, missing: int | None = None) -> Path:
     dims = ("time", "latitude", "longitude")
     dataset = with_units(
         xr.Dataset(
-            {"t2m": (dims, values.astype(np.float32)), "orography": (dims[1:], height_m.astype(np.float32))},
+            {
+                "t2m": (dims, values.astype(np.float32)),
+                "u10": (dims, random.normal(3, 2, values.shape).astype(np.float32)),
+                "v10": (dims, random.normal(-1, 2, values.shape).astype(np.float32)),
+                "orography": (dims[1:], height_m.astype(np.float32)),
+            },
             {"time": stamps, "latitude": 40 + 0.25 * np.arange(ROWS), "longitude": 10 + 0.25 * np.arange(COLUMNS)},
         )
     )
@@ -151,6 +157,31 @@ def test_both_arms_start_from_the_same_weights_and_the_bias_sees_the_same_ground
         for seed in (0, 1)
     ]
     assert not torch.equal(*(net.terrain.control_order for net in permuted))
+
+
+def test_further_channels_are_visible_everywhere_and_biases_read_the_wind_there(root: Path) -> None:
+    winds = ("10m_u_component_of_wind", "10m_v_component_of_wind")
+    fields = read_fields(GapsSettings(str(root), "2m_temperature", variables=winds), PATCH)
+    hidden = torch.ones(1, 24, dtype=torch.bool)
+    inputs = Gaps(fields, 0.75, False).inputs(np.array([3]), hidden)
+    assert (inputs[0, :2] == 0).all()
+    physical = np.load(sorted((root / "train").glob("*.npz"))[0])[winds[0]][3, 0]
+    np.testing.assert_allclose(inputs[0, 2] * fields.std_of[winds[0]] + fields.mean_of[winds[0]], physical, atol=1e-4)
+    net = network(fields, bias_type="physics")  # as published, with wind
+    seen: list[Any] = []
+    net.terrain.register_forward_hook(lambda module, given, terrain: seen.append(terrain.u))
+    Gaps(fields, 0.75, False).inferred(net, np.array([3]), hidden)
+    np.testing.assert_allclose(seen[0][0], patch_means(physical[None], PATCH)[0], atol=1e-4)
+
+
+def test_patches_are_divided_by_their_mean_height_and_their_relief(fields: Fields) -> None:
+    strata = patch_strata(fields, StrataSettings(elevation_m=(1000.0,)))
+    high = patch_means(fields.ground_m[None], PATCH)[0] > 1000
+    assert np.array_equal(strata["above 1000 m"], high)
+    assert np.array_equal(strata["below 1000 m"], ~high)
+    relief = fields.ground_m.reshape(4, 2, 6, 2).std(axis=(1, 3)).ravel()
+    assert np.array_equal(strata["high relief"], relief > np.quantile(relief, 2 / 3))
+    assert not any("wind" in name for name in strata)
 
 
 def test_scores_are_of_patch_means_that_are_hidden(fields: Fields) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ CLIMATOLOGY = "climatology"
 
 
 @dataclass(frozen=True)
-class Arm:
+class Arm(ABC):
     """What is the same for all networks that are compared with each other.
 
     Args:
@@ -68,14 +69,14 @@ class Arm:
         return "given" if self.elevation_input else "withheld"
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """Of its folder."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def methods(self) -> str:
         """The folder of the methods that were fitted to the same."""
-        raise NotImplementedError
 
 
 class ArmTask(Planned, Work, Protocol):
