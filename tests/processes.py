@@ -9,9 +9,12 @@ the same gradient.
 import json
 import logging
 import sys
+import tempfile
 import warnings
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from pytorch_lightning import LightningModule, Trainer
@@ -43,12 +46,26 @@ OPTIONS = {
     "control mirrored": ("ridge", {"control": "mirrored"}),
     "control permuted": ("relative_3d", {"control": "permuted"}),
     "a plane": ("advection", {"grid_spacing_m": 3000.0}),
+    "land": ("structure", {"land": True, "land_variable": "2m_temperature", "static_terrain": False}),
+    "a file of elevation": ("physics+relative_3d", {"elevation_file": "a file", "elevation_variable": "ground"}),
+    "scales": ("ridge", {"height_scale_m": 500.0, "wind_threshold_m_s": 3.0, "alpha_init": 2.0, "beta_init": 0.5}),
 }
 CASES = EVERY_BIAS | OPTIONS
 
 
+@cache
+def file_of_hills():
+    """In a folder of this process."""
+    hills = 1500 + 1500 * np.sin(LON / 40) * np.cos(LAT / 30)[:, None]
+    path = Path(tempfile.mkdtemp()) / "ground.npz"
+    np.savez(path, ground=hills.astype(np.float32), lat=LAT, lon=LON)
+    return str(path)
+
+
 def model(case):
     name, arguments = CASES[case]
+    if "elevation_file" in arguments:
+        arguments = arguments | {"elevation_file": file_of_hills()}
     torch.manual_seed(0)
     made = StandInClimaX(
         VARIABLES,
@@ -63,7 +80,8 @@ def model(case):
         bias_type=name,
         bias_args={"blocks": "all", "static_terrain": True} | arguments,
     )
-    made.terrain.set_statistics(MEAN, STD, "a test")
+    share = {"2m_temperature": 0.5}  # the mean and the standard deviation of what is read as land
+    made.terrain.set_statistics(MEAN | share, STD | share, "a test")
     if case != "a plane":
         made.terrain.set_grid(LAT, LON, "a test")
     return made.double()
