@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import tiny_data
 import torch
-from test_launch import CONFIGS, climate_bench, overrides
 from test_patching import git
+from test_upstream_yaml import FILES, climate_bench
+from tiny_data import TARGETS, VARIABLES
 
 from climax_elevation.upstream.patching import apply, revert
 from climax_elevation.upstream.series import SERIES, read_patches
@@ -121,7 +122,9 @@ def test_after_each_patch_climax_imports_and_its_tests_and_numbers_hold(checkout
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    climate_bench(folder / "bench")
+    climate_bench(
+        folder / "bench", ("CO2", "SO2", "CH4", "BC"), {"train_val": ("ssp126", "ssp370"), "test": ("ssp245",)}
+    )
     tiny_data.write(folder / "shards")
     return folder
 
@@ -141,11 +144,37 @@ def without_plugin(tmp_path_factory):
     return folder
 
 
+def overrides(module, root, out):
+    """What a user of upstream's YAML writes on the command line: paths, device, sizes, and fewer variables."""
+    trainer = ["accelerator=cpu", "devices=1", "precision=32", f"default_root_dir={out}", "max_epochs=1"]
+    net, data = ["embed_dim=16", "depth=2", "num_heads=2"], ["batch_size=2"]
+    model = []
+    if module == "climate_projection":
+        net += ["img_size=[16, 32]", "time_history=3"]
+        model = ["pretrained_path="]
+        data += [f"root_dir={root}", "list_train_simu=[ssp126, ssp370]", "history=3"]
+    else:
+        net += [f"default_vars={VARIABLES}", "img_size=[8, 16]"]
+    if module == "pretrain":
+        sources = {"root_dirs": root, "in_variables": VARIABLES, "max_predict_ranges": 3, "buffer_sizes": 5}
+        data += [f"dict_{key}={{mpi-esm: {value}}}" for key, value in sources.items()]
+    elif module != "climate_projection":
+        data += [f"root_dir={root}", f"variables={VARIABLES}", f"out_variables={TARGETS}", "predict_range=2"]
+    if module == "regional_forecast":
+        data.append("region=Global")
+    return [
+        *(f"--trainer.{option}" for option in trainer),
+        *(f"--model.net.init_args.{option}" for option in net),
+        *(f"--model.{option}" for option in model),
+        *(f"--data.{option}" for option in data),
+    ]
+
+
 def script(folder, module, out, data, *extra, path=()):
     """Upstream's own command, from its own YAML, with a user's overrides."""
     root = data / ("bench" if module == "climate_projection" else "shards")
-    given = [argument for argument in overrides(module, root, out) if "bias_args" not in argument]
-    configs = ["--config", f"configs/{CONFIGS[module]}.yaml"]
+    given = overrides(module, root, out)
+    configs = ["--config", f"configs/{FILES[module]}.yaml"]
     return subprocess.run(
         [sys.executable, f"src/climax/{module}/train.py", *configs, *given, "--trainer.limit_train_batches=2", *extra],
         cwd=folder,
@@ -166,7 +195,7 @@ def test_before_no_script_starts(clean, data, tmp_path, without_plugin):
     assert "ModuleNotFoundError" in done.stderr
 
 
-@pytest.mark.parametrize("module", CONFIGS)
+@pytest.mark.parametrize("module", FILES)
 def test_each_script_trains_from_its_own_yaml_without_the_plugin(today, data, tmp_path, without_plugin, module):
     for needed in ("torchvision", "tensorboard", "rich", *(["dask"] if module == "climate_projection" else [])):
         pytest.importorskip(needed)

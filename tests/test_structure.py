@@ -344,6 +344,16 @@ def test_a_model_reads_the_share_of_land_from_its_channel():
         host(land_variable="")
 
 
+def test_land_that_is_said_to_be_static_is_the_same_for_all_samples():
+    model, names = host(static_terrain=True)
+    ground, share = torch.rand(8, 16) * 3, (torch.rand(8, 16) - 0.3) / 0.4
+    x = torch.stack([ground, share]).repeat(2, 1, 1, 1)
+    assert model.terrain(x, torch.zeros(2), names).land.shape == (1, 32)
+    x[1, 1, 3, 5] += 0.05 / 0.4
+    with pytest.raises(InputError, match="static_terrain is true, and the share of land .* differs .* by up to 0.05"):
+        model.terrain(x, torch.zeros(2), names)
+
+
 def test_what_does_not_fit_is_refused():
     terrain = global_terrain()
     bias = made(terrain)

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 FASTEST_M_S = 150.0  # twice the strongest 10 m wind ever measured
 GROUND_MAY_MOVE_M = 1.0  # rounding of a standardised channel, and no more
+LAND_MAY_MOVE = 0.01  # likewise
 SAME_SCALE = 6.0  # of an elevation file's deviation to the channel's, which gravity multiplies by 9.8
 LEAST_CORRELATION = 0.9  # of an elevation file with the orography channel
 LEVEL_M = 1e-3  # a standard deviation below this is rounding; of a standardised channel:
@@ -328,10 +329,13 @@ class TerrainReader(nn.Module):
         if self.land_variable is None:
             return None
         channel = x[:, list(variables).index(self.land_variable)].float()
+        moved = torch.zeros_like(self.land_std)
         if self.static_terrain:
+            moved = (channel - channel[:1]).detach().abs().amax() * self.land_std
             channel = channel[:1]
         land = downsample_elevation(channel, self.patch_size) * self.land_std + self.land_mean
-        return judged(land, torch.stack(land.detach().aminmax()), _check_land, self.land_variable)
+        numbers = torch.stack([*land.detach().aminmax(), moved])
+        return judged(land, numbers, _check_land, self.land_variable)
 
     # ---- checks, at every forward --------------------------------------------------------------
 
@@ -514,9 +518,14 @@ def _check_values(numbers: list[float], origin: str, channel: str, winds: str, f
 
 @judge
 def _check_land(numbers: list[float], channel: str) -> None:
-    low, high = numbers
+    low, high, moved = numbers
     if not LAND[0] <= low <= high <= LAND[1]:
         raise InputError(
             f"the share of land from channel {channel!r} is {low:.2f} to {high:.2f}, and not within 0 to 1: is it "
             "standardised by other statistics, or in per cent?"
+        )
+    if not moved <= LAND_MAY_MOVE:
+        raise InputError(
+            f"static_terrain is true, and the share of land in channel {channel!r} differs between samples, by up to "
+            f"{moved:.2f}: set static_terrain: false"
         )
