@@ -188,6 +188,22 @@ def test_mistakes_are_told_before_anything_is_trained(
     assert not list(tmp_path.glob("out/*/runs/*/*"))
 
 
+def test_half_a_year_of_values_tells_no_climatology_of_the_year(tmp_path: Path) -> None:
+    """It would be extrapolated, by tens of degrees, to the months without one."""
+    path, days = tmp_path / "stations.csv", np.arange(800)
+    lines = ["time,station,lat,lon,elevation (m),t2m"]
+    for station in range(4):
+        for day in days:
+            gap = station == 3 and day < 731 and 120 < day % 365.25 < 300
+            value = "" if gap else 10 * np.cos(2 * np.pi * day / 365.25) + station
+            lines.append(f"{np.datetime64('2003-01-01') + day},S{station},46.{station},11,{100 * station},{value}")
+    path.write_text("\n".join(lines) + "\n")
+    given = {"val_from": "2004-06-01", "test_from": "2005-01-01", "year_harmonics": 2}
+    with pytest.raises(InputError, match=r"gaps of up to 0.25 years, .* longer ones at 'S3' \(0.49\): name them in"):
+        read_series(settings(path, **given))
+    assert read_series(settings(path, **given, leave_out=("S3",))).std < 1
+
+
 @pytest.mark.parametrize("name", ["trentino_daily", "trentino_hourly", "germany_pm10"])
 def test_committed_configurations_are_right(name: str) -> None:
     read = read_infill(Path(__file__).parents[1] / "configs" / "compare" / f"{name}.yaml")

@@ -226,10 +226,28 @@ def _climatology(at: Stations, values: Array, known: Mask, settings: InfillSetti
             f"{at.source}: a climatology of {terms.shape[1]} terms wants {wanted} values before test_from, and there "
             f"are fewer of {', '.join(few)}: name them in leave_out, or take fewer harmonics"
         )
+    for cycle, turns, number in (
+        ("year", days / DAYS_A_YEAR, settings.year_harmonics),
+        ("day", days, settings.day_harmonics),
+    ):
+        gaps = [_longest_gap(turns[own]) for own in there.T]
+        wide = [f"{name!r} ({gap:.2f})" for name, gap in zip(at.names, gaps, strict=True) if 2 * number * gap > 1]
+        if wide:
+            raise InputError(
+                f"{at.source}: {number} harmonics of the {cycle} want values in all of it, with gaps of up to "
+                f"{1 / (2 * number):.2f} {cycle}s, and before test_from there are longer ones at {', '.join(wide)}: "
+                "name them in leave_out, or take fewer harmonics"
+            )
     result = np.empty(values.shape)
     for index, own in enumerate(there.T):
         result[:, index] = terms @ np.linalg.lstsq(terms[own], values[own, index], rcond=None)[0]
     return result
+
+
+def _longest_gap(turns: Array) -> float:
+    """Of a cycle, the longest part without a value, in turns."""
+    phases = np.unique(turns % 1)
+    return float(np.diff(phases, append=phases[0] + 1).max())
 
 
 def _harmonics(turns: Array, number: int) -> Array:
