@@ -131,18 +131,18 @@ def check_shares(shares: Sequence[Share], processes: int, workers: int, *, shari
         sharing: Whether the plugin's reader can take the place of the one that there is.
     """
     for share in shares:
+        readers = processes * max(1, workers)
+        if not share.fewest and share.shards >= readers:
+            raise InputError(
+                f"{share.part} has {share.shards} shards, and a process would be given none that is longer than "
+                "data.predict_range, and so no pair: make longer shards, or lower it"
+            )
         if share.samples < processes:
             raise InputError(
                 f"{share.part} has {share.samples} samples, and {processes} processes would share them: use fewer "
                 "processes, or give it more time"
             )
         if not share.fewest:
-            readers = processes * max(1, workers)
-            if share.shards >= readers:
-                raise InputError(
-                    f"{share.part} has {share.shards} shards, and a process would be given none that is longer than "
-                    "data.predict_range, and so no pair: make longer shards, or lower it"
-                )
             raise InputError(
                 f"{share.part} has {share.shards} shards, and {processes} processes of {max(1, workers)} readers each "
                 f"take whole ones: make {readers} or more (climax-elevation prepare --processes {readers}), "
