@@ -18,6 +18,8 @@ from tiny_data import TARGETS, VARIABLES
 from climax_elevation.upstream.patching import apply, revert
 from climax_elevation.upstream.series import SERIES, read_patches
 
+pytestmark = pytest.mark.slow  # each patch by git, ClimaX beside it
+
 PATCHES = read_patches()
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("CLIMAX_SRC", "NODES")}
 OTHERS = list(filter(None, [os.environ.get("PYTHONPATH")]))
