@@ -39,6 +39,7 @@ class EndTogether(Callback):
 
     def __init__(self) -> None:
         self._ending: threading.Event | None = None  # a run that is spawned takes this along, and no lock
+        self._told: threading.Event | None = None
         self._watch: threading.Thread | None = None
         self._store: Store | None = None
         self._stages = 0
@@ -47,15 +48,18 @@ class EndTogether(Callback):
         if trainer.world_size < 2 or not dist.is_initialized() or self._watch is not None:
             return
         self._store, self._ending = dist.distributed_c10d._get_default_store(), threading.Event()
-        arguments = (self._store, trainer, self._ending)
+        self._told = threading.Event()
+        arguments = (self._store, trainer, self._ending, self._told)
         self._watch = threading.Thread(target=_end_with_others, args=arguments, daemon=True, name="end-together")
         self._watch.start()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, Exception):  # Ctrl-C and SIGTERM reach all of them
             return
-        if self._store is None or self._ending is None:
+        if self._store is None or self._ending is None or self._told is None:
             return
+        if self._told.is_set():  # the one that failed has ended, and what waited here for it notices
+            raise SystemExit(STATUS)
         store = self._store
         self._ending.set()
         if store.add(FAILED, 1) > 1:  # what came here follows from what another process has said
@@ -84,13 +88,14 @@ class EndTogether(Callback):
             _wait(lambda: store.add(DONE, 0) >= everyone)  # it holds the store, and others may be looking there
 
 
-def _end_with_others(store: Store, trainer: Trainer, ending: threading.Event) -> None:
+def _end_with_others(store: Store, trainer: Trainer, ending: threading.Event, told: threading.Event) -> None:
     while not ending.wait(LOOK_EVERY_S):
         try:
             stopped = store.check([STOP])
         except RuntimeError:  # the process that holds it was killed
             return
         if stopped and not ending.is_set():
+            told.set()
             _close_loggers(trainer)
             _acknowledge(store, trainer)
             sys.stderr.flush()
