@@ -29,6 +29,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a disk or a quota that is full."""
 PREPARE = "prepare data into its folder, or mend data.root_dir"
 Arrays = Mapping[str, NDArray[np.floating]]
+Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+"""Shape and type of arrays by name."""
 
 
 def save_npz(path: Path, arrays: Arrays) -> None:
@@ -68,9 +70,28 @@ def load_npz(path: Path, remedy: str, names: Iterable[str] | None = None) -> dic
 
 def npz_shapes(path: Path, remedy: str, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of some arrays of a .npz, from their headers alone; errors as `load_npz` has them, and where one lacks."""
+    return {name: shape for name, (shape, _) in npz_layout(path, remedy, names).items()}
+
+
+def npz_layout(path: Path, remedy: str, names: Sequence[str] | None = None) -> Layout:
+    """Shapes and types of some arrays of a .npz, or of all, as `npz_shapes` has the shapes."""
     with reading(path, remedy), zipfile.ZipFile(_existing(path, remedy)) as archive:
-        check_names(path, [name.removesuffix(".npy") for name in archive.namelist()], names)
-        return {name: _shape(archive, name) for name in names}
+        present = [name.removesuffix(".npy") for name in archive.namelist()]
+        wanted = present if names is None else names
+        check_names(path, present, wanted)
+        found = {}
+        for name in wanted:
+            with archive.open(f"{name}.npy") as file:
+                shape, _, kind = npy_header(file)
+                found[name] = shape, kind
+        return found
+
+
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape of an array, whether its columns follow one another, and its type; the file is then at its numbers."""
+    major = np.lib.format.read_magic(file)[0]
+    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    return read(file)
 
 
 def check_names(path: Path, present: Sequence[str], needed: Sequence[str]) -> None:
@@ -78,13 +99,6 @@ def check_names(path: Path, present: Sequence[str], needed: Sequence[str]) -> No
     missing = [name for name in needed if name not in present]
     if missing:
         raise InputError(f"{path} lacks {', '.join(missing)}; it has {', '.join(sorted(present))}")
-
-
-def _shape(archive: zipfile.ZipFile, name: str) -> tuple[int, ...]:
-    with archive.open(f"{name}.npy") as file:
-        major = np.lib.format.read_magic(file)[0]
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        return read(file)[0]
 
 
 def load_npy(path: Path, remedy: str) -> NDArray[Any]:

@@ -6,12 +6,36 @@ OUT/normalize_mean.npz, normalize_std.npz    one array (1,) a variable
 OUT/lat.npy, lon.npy                         [H] and [W], degrees
 """
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
+from climax_elevation.errors import InputError
 from climax_elevation.files import Arrays
 
 PARTITIONS = ("train", "val", "test")
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The shards of a partition's folder, in order."""
+    return sorted(path for path in folder.glob("*.npz") if is_shard(path))
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file of a partition's folder is one of its shards."""
+    return path.suffix == ".npz" and "climatology" not in path.name
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raise InputError unless shards of so many bytes fit on the disk of a folder, which need not be there yet."""
+    free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+    if needed > free:
+        raise InputError(
+            f"the shards need {needed / 2**30:.1f} GiB, the disk of {out} has {free / 2**30:.1f} GiB free: "
+            "free some, or choose another folder"
+        )
 
 
 class RunningStatistics:

@@ -8,7 +8,6 @@ goes on where it stopped, and changes nothing once it is done.
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from climax_elevation.data import configuration
 from climax_elevation.data.field import BadDataError, Field
 from climax_elevation.data.fields import Fields, find_fields
-from climax_elevation.data.format import PARTITIONS, RunningStatistics
+from climax_elevation.data.format import PARTITIONS, RunningStatistics, check_space
 from climax_elevation.data.grib import is_grib_error
 from climax_elevation.data.grid import Grid, is_global, read_grid, same_places
 from climax_elevation.data.names import OROGRAPHY
@@ -336,7 +335,8 @@ def _carry_out(plan: _Plan) -> Prepared:
     if _is_complete(plan):
         logger.info("%s is complete: nothing to do, nothing changed", plan.out)
         return _result(plan, written=0, changed=False)
-    _check_space(plan)
+    missing_steps = sum(shard.stop - shard.start for shard in _missing(plan))
+    check_space(plan.out, missing_steps * plan.step_bytes)
     try:
         with alone(plan.out, f"another run is writing to {plan.out}: wait until it has ended"):
             # Once more: another run may have come between the first look and the lock.
@@ -369,17 +369,6 @@ def _is_complete(plan: _Plan) -> bool:
     begun = _check_folder(plan.out, plan.identity)
     files = [plan.out / name for name in _summary_files(plan.grid)]
     return begun is not None and begun.get("state") == COMPLETE and not _missing(plan) and all(map(Path.is_file, files))
-
-
-def _check_space(plan: _Plan) -> None:
-    needed = sum(shard.stop - shard.start for shard in _missing(plan)) * plan.step_bytes
-    existing = next(path for path in (plan.out, *plan.out.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise InputError(
-            f"the shards need {needed / 2**30:.1f} GiB, the disk of {plan.out} has {free / 2**30:.1f} GiB free: "
-            "free some, or choose another folder"
-        )
 
 
 def _write(plan: _Plan, missing: Sequence[Shard]) -> None:

@@ -18,18 +18,27 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from climax_elevation.data import configuration
-from climax_elevation.data.format import PARTITIONS
+from climax_elevation.data.format import PARTITIONS, check_space, is_shard, shard_paths
 from climax_elevation.data.record import COMPLETE, RECORD, RECUT, Prepared, read_record
 from climax_elevation.data.times import cut
 from climax_elevation.errors import InputError
-from climax_elevation.files import FULL, alone, check_names, reading, save_npz, write_text
+from climax_elevation.files import (
+    FULL,
+    Layout,
+    alone,
+    check_names,
+    npy_header,
+    npz_layout,
+    reading,
+    save_npz,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 
 CLIMAX_NAME = re.compile(r"(\d{4}|\d{6,12}-\d{6,12})_(0|[1-9]\d*)")
 """Of a shard by ClimaX's own scripts: a year, or the name of a file of CMIP6, and the shard's number in it."""
 REMEDY = "prepare it again, or copy it again"
-Layout = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class _Shard:
 
 def is_prepared(folder: Path) -> bool:
     """Whether a folder holds shards in ClimaX's format, whoever wrote them."""
-    return any(_paths(folder, part) for part in PARTITIONS)
+    return any(shard_paths(folder / part) for part in PARTITIONS)
 
 
 def recut(
@@ -126,7 +135,8 @@ def recut(
         return done(0, False)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already, and is not what this command writes: choose a new or empty folder")
-    _check_space(out, shards, layout)
+    steps = sum(shard.stop - shard.start for planned in shards.values() for shard in planned)
+    check_space(out, steps * _step_bytes(layout))
     staging = out.with_name(f".{out.name}.partial")
     with alone(staging, f"another run is writing to {out}: wait until it has ended"):
         _empty(staging)  # of one that was killed
@@ -150,37 +160,18 @@ def recut(
     return done(sum(map(len, shards.values())), True)
 
 
-def _paths(folder: Path, part: str) -> list[Path]:
-    return sorted(path for path in (folder / part).glob("*.npz") if "climatology" not in path.name)
-
-
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    major = np.lib.format.read_magic(file)[0]
-    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-    return read(file)
-
-
-def _shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    found = {}
-    with reading(path, REMEDY), zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            with archive.open(name) as file:
-                shape, _, kind = _header(file)
-                found[name.removesuffix(".npy")] = shape, kind
-    return found
-
-
 def _layout(source: Path) -> Layout:
     """Shape of a step and type of each variable, of the first shard."""
-    first = next(path for part in PARTITIONS for path in _paths(source, part))
-    shapes = {name: shape for name, (shape, _) in _shapes(first).items()}
+    first = next(path for part in PARTITIONS for path in shard_paths(source / part))
+    found = npz_layout(first, REMEDY)
+    shapes = {name: shape for name, (shape, _) in found.items()}
     if (
         not shapes
         or any(len(shape) != 4 or shape[1] != 1 for shape in shapes.values())
         or len(set(shapes.values())) > 1
     ):
         raise InputError(f"{first} has arrays [time, 1, height, width] of one size, not {shapes}")
-    return {name: (shape[1:], kind) for name, (shape, kind) in _shapes(first).items()}
+    return {name: (shape[1:], kind) for name, (shape, kind) in found.items()}
 
 
 def _step_bytes(layout: Layout) -> int:
@@ -188,7 +179,7 @@ def _step_bytes(layout: Layout) -> int:
 
 
 def _steps_of(path: Path, layout: Layout) -> int:
-    shapes = _shapes(path)
+    shapes = npz_layout(path, REMEDY)
     check_names(path, list(shapes), list(layout))
     lengths = {shape[0] if shape else 0 for shape, _ in shapes.values()}
     if len(lengths) > 1 or {name: (shape[1:], kind) for name, (shape, kind) in shapes.items()} != layout:
@@ -198,7 +189,7 @@ def _steps_of(path: Path, layout: Layout) -> int:
 
 def _pieces(source: Path, part: str, record: Mapping[str, Any] | None, layout: Layout) -> list[list[_File]]:
     """Shards that go on after one another, in order."""
-    paths = _paths(source, part)
+    paths = shard_paths(source / part)
     files = _by_name(paths, layout) if record is None else list(_by_record(source, part, record, paths, layout))
     pieces: list[list[_File]] = []
     for file in files:
@@ -349,7 +340,7 @@ class _Steps:
             archive = self._open.enter_context(zipfile.ZipFile(file.path))
             for name in self._layout:
                 stream = self._open.enter_context(archive.open(f"{name}.npy"))
-                _, by_columns, _ = _header(stream)
+                _, by_columns, _ = npy_header(stream)
                 if by_columns:  # which has no steps one after another
                     with archive.open(f"{name}.npy") as again:
                         stream = io.BytesIO(np.lib.format.read_array(again).tobytes())
@@ -397,8 +388,8 @@ def _carry_along(source: Path, out: Path, staging: Path, ahead: int | None) -> N
     folders = [source, *(source / part for part in PARTITIONS)]
     for path in (path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())):
         place = staging / path.relative_to(source)
-        is_shard = path.parent != source and path.suffix == ".npz" and "climatology" not in path.name
-        if not path.is_file() or path.name.startswith(".") or is_shard or path == source / RECORD:
+        left_out = path.name.startswith(".") or (path.parent != source and is_shard(path))
+        if not path.is_file() or left_out or path == source / RECORD:
             continue
         place.parent.mkdir(parents=True, exist_ok=True)
         if path == source / configuration.FILE:
@@ -420,7 +411,7 @@ def _record(
 
 
 def _digest(source: Path, record: Mapping[str, Any] | None) -> str:
-    paths = [path for part in PARTITIONS for path in _paths(source, part)]
+    paths = [path for part in PARTITIONS for path in shard_paths(source / part)]
     files = [(path.relative_to(source).as_posix(), path.stat().st_size) for path in paths]
     return hashlib.sha256(json.dumps([record, files], sort_keys=True).encode()).hexdigest()
 
@@ -428,17 +419,6 @@ def _digest(source: Path, record: Mapping[str, Any] | None) -> str:
 def _is_complete(out: Path, identity: Mapping[str, Any], shards: Mapping[str, Sequence[_Shard]]) -> bool:
     made = (read_record(out) or {}).get(RECUT) == identity
     return made and all((out / shard.file).is_file() for planned in shards.values() for shard in planned)
-
-
-def _check_space(out: Path, shards: Mapping[str, Sequence[_Shard]], layout: Layout) -> None:
-    steps = sum(shard.stop - shard.start for planned in shards.values() for shard in planned)
-    needed = steps * _step_bytes(layout)
-    free = shutil.disk_usage(next(path for path in (out, *out.parents) if path.exists())).free
-    if needed > free:
-        raise InputError(
-            f"the shards need {needed / 2**30:.1f} GiB, the disk of {out} has {free / 2**30:.1f} GiB free: "
-            "free some, or choose another folder"
-        )
 
 
 def _empty(folder: Path) -> None:

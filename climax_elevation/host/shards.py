@@ -18,7 +18,7 @@ from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from climax_elevation.data.format import PARTITIONS
+from climax_elevation.data.format import PARTITIONS, shard_paths
 from climax_elevation.data.names import LAND_SEA_MASK, OROGRAPHY
 from climax_elevation.data.record import repeats
 from climax_elevation.data.shares import Part, Share, batches_a_process, split, stretch
@@ -385,7 +385,7 @@ def _shuffled(samples: Iterator[Drawn], buffer_size: int, random: np.random.Gene
 
 def find_shards(folder: Path, needed: Sequence[str], predict_range: int) -> list[Shard]:
     """The shards of a part, in order; InputError if there is none, or one lacks a variable or is too short."""
-    paths = sorted(path for path in folder.glob("*.npz") if "climatology" not in path.name)
+    paths = shard_paths(folder)
     if not paths:
         raise InputError(f"{folder} has no shard (*.npz): prepare data into {folder.parent}, or mend data.root_dir")
     common = repeats(folder.parent)
