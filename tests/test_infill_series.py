@@ -149,7 +149,7 @@ def test_each_seed_shuffles_heights_anew(file: Path, tmp_path: Path) -> None:
     configuration = read_infill(written(tmp_path, file, variants=control))
     series, variant = read_series(configuration.data), configuration.variants[1]
     heights = [
-        InfillTask(tmp_path, variant, seed, Arm(False), configuration.data, SMALL, QUICK, True, {}).on(series).terrain
+        InfillTask(tmp_path, variant, seed, Arm(False), QUICK, True, {}, configuration.data, SMALL).on(series).terrain
         for seed in (0, 1)
     ]
     assert not torch.equal(heights[0].elevation_m, heights[1].elevation_m)

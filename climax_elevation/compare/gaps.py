@@ -6,16 +6,13 @@ Each variant is trained with every seed twice, with the orography among the chan
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -27,30 +24,23 @@ from climax_elevation.compare.gaps_report import report
 from climax_elevation.compare.inference import (
     METHODS,
     METRICS,
+    ArmTask,
     Key,
     Methods,
     Scored,
+    Trained,
     kept_methods,
     records_of,
     scored_methods,
     tables,
     train_missing,
 )
-from climax_elevation.compare.runs import (
-    RECORD,
-    SAMPLES,
-    WEIGHTS,
-    find_host,
-    host_class,
-    record_of,
-    variant_identity,
-    whole_run,
-)
-from climax_elevation.compare.scores import PARTS, Samples, save_samples
+from climax_elevation.compare.runs import find_host, host_class, naming, variant_identity
+from climax_elevation.compare.scores import PARTS, Samples
 from climax_elevation.compare.stored import FILES, RUNS, Comparison, concluded, plain, run_directory, unheard
 from climax_elevation.compare.strata import StrataSettings, divide
 from climax_elevation.errors import InputError
-from climax_elevation.testbed.fit import ModelSettings, TrainingSettings, denormals_as_zero, one_thread
+from climax_elevation.testbed.fit import ModelSettings, TrainingSettings, one_thread
 from climax_elevation.testbed.gaps import Fields, Gaps, GapsSettings, build_gaps, check_hidden, patch_means, read_fields
 from climax_elevation.testbed.interpolation import fit_all
 from climax_elevation.upstream.locate import Source
@@ -141,71 +131,40 @@ def read_gaps(
 
 
 @dataclass(frozen=True)
-class GapsTask:
-    """One run: a variant with a seed, in an arm.
+class GapsTask(ArmTask):
+    """One run, as `ArmTask` has it.
 
     Attributes:
-        folder: Where it goes, when it is done.
-        variant, seed, arm: Which.
-        data, model, training, strata: Settings.
-        keep_best: Whether it ends with the weights that were best on validation.
+        data, model, strata: Settings.
         climax: The ClimaX whose architecture is trained; None: the stand-in's.
-        configuration: All that defines it, to be told apart from another.
     """
 
-    folder: Path
-    variant: Variant
-    seed: int
-    arm: Arm
     data: GapsSettings
     model: ModelSettings
-    training: TrainingSettings
     strata: StrataSettings
-    keep_best: bool
     climax: Source | None
-    configuration: dict[str, Any]
 
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f"variant {self.variant.name!r}, seed {self.seed}, {self.arm.name}"
-
-    @property
-    def done(self) -> bool:
-        """Whether it was finished."""
-        return (self.folder / RECORD).is_file()
-
-    def network(self, fields: Fields) -> nn.Module:
-        """The fresh network; InputError, naming the variant, if the bias does not fit."""
-        try:
+    def network(self, data: Fields) -> nn.Module:
+        with naming(self.variant):
             return build_gaps(
                 self.model,
-                fields,
+                data,
                 seed=self.seed,
                 bias_type=self.variant.bias_type,
                 bias_args=self.variant.bias_args,
                 host=host_class(self.climax),
             )
-        except InputError as error:
-            raise InputError(f"variant {self.variant.name!r}: {error}") from error
 
-    def on(self, fields: Fields) -> Gaps:
-        """What the network works on."""
-        return Gaps(fields, self.arm.hidden, self.arm.elevation_input)
+    def on(self, data: Fields) -> Gaps:
+        return Gaps(data, self.arm.hidden, self.arm.elevation_input)
 
-    def work(self, device: int | None, on_step: Callable[[float | None], None]) -> None:
-        """Train and score; the run's folder appears whole or not at all. Networks this small gain nothing on GPUs."""
-        with whole_run(self.folder) as partial, one_thread(), denormals_as_zero():
-            started = time.perf_counter()
-            fields = read_fields(self.data, self.model.patch_size)
-            strata = patch_strata(fields, self.strata)
-            net, gaps = self.network(fields), self.on(fields)
-            fitted = gaps.fit(net, self.training, seed=self.seed, keep_best=self.keep_best, on_step=on_step)
-            samples = {part: sums(fields, self.arm.hidden, strata, gaps.infer(net, part), part) for part in PARTS}
-            record = {**record_of(self.configuration, fitted, None), "seconds": time.perf_counter() - started}
-            save_samples(partial / SAMPLES, samples, [self.data.variable], list(strata))
-            torch.save({"state_dict": net.state_dict()}, partial / WEIGHTS)
-            (partial / RECORD).write_text(json.dumps(record, indent=2))
+    def trained(self, on_step: Callable[[float | None], None]) -> Trained:
+        fields = read_fields(self.data, self.model.patch_size)
+        strata = patch_strata(fields, self.strata)
+        net, gaps = self.network(fields), self.on(fields)
+        fitted = gaps.fit(net, self.training, seed=self.seed, keep_best=self.keep_best, on_step=on_step)
+        samples = {part: sums(fields, self.arm.hidden, strata, gaps.infer(net, part), part) for part in PARTS}
+        return Trained(net, fitted, samples, self.data.variable, list(strata))
 
 
 def patch_strata(fields: Fields, settings: StrataSettings) -> dict[str, Mask]:
@@ -354,11 +313,7 @@ def _check(fields: Fields, tasks: Iterable[GapsTask]) -> None:
     for task in tasks:
         first.setdefault((task.variant.name, task.arm.told), task)
     for task in first.values():
-        net = task.network(fields)
-        try:
-            task.on(fields).infer(net, "val", most=1)
-        except InputError as error:
-            raise InputError(f"variant {task.variant.name!r}: {error}") from error
+        task.check(fields)
 
 
 def _methods(

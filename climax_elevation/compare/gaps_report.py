@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from climax_elevation.compare.inference import Key
-from climax_elevation.compare.inference_report import compared, cost, fitted_on_training, learned, reading, scores
+from climax_elevation.compare.inference_report import (
+    compared,
+    cost,
+    fitted_on_training,
+    learned,
+    reading,
+    scores,
+    trained,
+)
 from climax_elevation.compare.strata import ALL
 from climax_elevation.testbed.gaps import Fields, patch_means
 
@@ -58,7 +66,7 @@ def report(
 
 
 def _setting(configuration: GapsConfiguration, fields: Fields, host: str, records: Sequence[Mapping[str, Any]]) -> str:
-    data, model, training = configuration.data, configuration.model, configuration.training
+    data, model = configuration.data, configuration.model
     architecture = "ClimaX's architecture" if host == "ClimaX" else "the stand-in host, which is not ClimaX"
     parts = ", ".join(f"{part} {len(times)}" for part, times in fields.parts.items())
     heights = patch_means(fields.ground_m[None], fields.patch_size)
@@ -80,9 +88,7 @@ def _setting(configuration: GapsConfiguration, fields: Fields, host: str, record
             "visible, and, where heights are given, the orography; biases read the ground from a file in both arms.",
             f"- Network: {architecture}; {model.embed_dim} wide, {model.depth} blocks, {model.num_heads} heads"
             f"{', fresh weights rescaled to 1/sqrt(inputs)' if model.rescale_weights else ''}.",
-            f"- Training: {training.steps} steps of {training.batch_size} times, learning rate {training.lr:g}, of the "
-            f"biases {training.lr_factor:g} times that; weights of "
-            f"{'the least validation error' if configuration.choose_on == 'val' else 'the last step'}.",
+            trained(configuration, configuration.training),
             cost(configuration, records),
         ]
     )

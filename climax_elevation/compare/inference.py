@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from climax_elevation.compare.config import Design
+from climax_elevation.compare.config import Design, Variant
 from climax_elevation.compare.fingerprints import Record, read_records, write_records
 from climax_elevation.compare.runs import (
     RECORD,
     SAMPLES,
+    WEIGHTS,
     Finished,
-    Work,
+    naming,
     read_run,
+    record_of,
     remove_partial,
     run_missing,
     whole_run,
@@ -34,7 +39,6 @@ from climax_elevation.compare.scores import PARTS, Samples, load_samples, save_s
 from climax_elevation.compare.stored import (
     FILES,
     RUNS,
-    Planned,
     check_stored,
     check_unchanged,
     plain,
@@ -42,7 +46,9 @@ from climax_elevation.compare.stored import (
 )
 from climax_elevation.compare.tables import Results, differences_table, results_table
 from climax_elevation.errors import InputError
+from climax_elevation.testbed.fit import TrainingSettings, denormals_as_zero, one_thread
 from climax_elevation.testbed.interpolation import Interpolation, Mask, Places
+from climax_elevation.testbed.masked import MaskedFit
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +85,80 @@ class Arm(ABC):
         """The folder of the methods that were fitted to the same."""
 
 
-class ArmTask(Planned, Work, Protocol):
-    """A run in an arm."""
+@dataclass(frozen=True)
+class ArmTask(ABC):
+    """One run: a variant with a seed, in an arm.
+
+    Attributes:
+        folder: Where it goes, when it is done.
+        variant, seed, arm: Which.
+        training: How it is trained.
+        keep_best: Whether it ends with the weights that were best on validation.
+        configuration: All that defines it, to be told apart from another.
+    """
+
+    folder: Path
+    variant: Variant
+    seed: int
+    arm: Any
+    training: TrainingSettings
+    keep_best: bool
+    configuration: dict[str, Any]
 
     @property
-    def arm(self) -> Arm: ...
+    def name(self) -> str:
+        """For messages."""
+        return f"variant {self.variant.name!r}, seed {self.seed}, {self.arm.name}"
+
+    @property
+    def done(self) -> bool:
+        """Whether it was finished."""
+        return (self.folder / RECORD).is_file()
+
+    @abstractmethod
+    def network(self, data: Any) -> nn.Module:
+        """The fresh network; InputError, naming the variant, if the bias does not fit."""
+
+    @abstractmethod
+    def on(self, data: Any) -> Any:
+        """What the network works on."""
+
+    @abstractmethod
+    def trained(self, on_step: Callable[[float | None], None]) -> Trained:
+        """Train and score."""
+
+    def check(self, data: Any) -> None:
+        """Raise InputError, naming the variant, unless its bias works on these data."""
+        net = self.network(data)
+        with naming(self.variant):
+            self.on(data).infer(net, "val", most=1)
+
+    def work(self, device: int | None, on_step: Callable[[float | None], None]) -> None:
+        """Train and score; the run's folder appears whole or not at all. Networks this small gain nothing on GPUs."""
+        with whole_run(self.folder) as partial, one_thread(), denormals_as_zero():
+            started = time.perf_counter()
+            net, fitted, samples, variable, strata = self.trained(on_step)
+            record = {**record_of(self.configuration, fitted, None), "seconds": time.perf_counter() - started}
+            save_samples(partial / SAMPLES, samples, [variable], strata)
+            torch.save({"state_dict": net.state_dict()}, partial / WEIGHTS)
+            (partial / RECORD).write_text(json.dumps(record, indent=2))
+
+
+class Trained(NamedTuple):
+    """What a run's folder is made of.
+
+    Attributes:
+        net: With its last or best weights.
+        fitted: How it came to them.
+        samples: Its errors in each part.
+        variable, strata: What these are of.
+    """
+
+    net: nn.Module
+    fitted: MaskedFit
+    samples: dict[str, Samples]
+    variable: str
+    strata: Sequence[str]
 
 
 Run = TypeVar("Run", bound=ArmTask)

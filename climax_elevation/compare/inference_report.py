@@ -13,9 +13,19 @@ from climax_elevation.compare.report import interval, markdown, number, signed
 from climax_elevation.compare.scores import MEAN
 from climax_elevation.compare.significance import FEWEST_BLOCKS
 from climax_elevation.compare.tables import BETTER, NONE_FOUND, WORSE
+from climax_elevation.testbed.fit import TrainingSettings
 
 PART = "test"
 TIME = ("time_low", "time_high")
+
+
+def trained(configuration: Design, training: TrainingSettings) -> str:
+    """The line about how."""
+    return (
+        f"- Training: {training.steps} steps of {training.batch_size} times, learning rate {training.lr:g}, of the "
+        f"biases {training.lr_factor:g} times that; weights of "
+        f"{'the least validation error' if configuration.choose_on == 'val' else 'the last step'}."
+    )
 
 
 def cost(configuration: Design, records: Sequence[Mapping[str, Any]]) -> str:

@@ -6,28 +6,27 @@ Each variant is trained with every seed twice, told the heights of the stations 
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from climax_elevation.checks import count, one_of
 from climax_elevation.compare import inference
-from climax_elevation.compare.config import OF_DESIGN, Design, Variant, check_keys, fill, load, read_design
+from climax_elevation.compare.config import OF_DESIGN, Design, check_keys, fill, load, read_design
 from climax_elevation.compare.fingerprints import Record, examine, fingerprint, read_records
 from climax_elevation.compare.inference import (
     METHODS,
     METRICS,
+    ArmTask,
     Key,
     Methods,
     Scored,
+    Trained,
     kept_methods,
     records_of,
     scored_methods,
@@ -35,19 +34,12 @@ from climax_elevation.compare.inference import (
     train_missing,
 )
 from climax_elevation.compare.infill_report import report
-from climax_elevation.compare.runs import (
-    RECORD,
-    SAMPLES,
-    WEIGHTS,
-    record_of,
-    variant_identity,
-    whole_run,
-)
-from climax_elevation.compare.scores import PARTS, Samples, save_samples
+from climax_elevation.compare.runs import naming, variant_identity
+from climax_elevation.compare.scores import PARTS, Samples
 from climax_elevation.compare.stored import FILES, RUNS, Comparison, concluded, plain, run_directory, unheard
 from climax_elevation.compare.strata import ALL
 from climax_elevation.errors import InputError
-from climax_elevation.testbed.fit import TrainingSettings, denormals_as_zero, one_thread
+from climax_elevation.testbed.fit import TrainingSettings, one_thread
 from climax_elevation.testbed.infill import (
     Infill,
     InfillModel,
@@ -136,67 +128,37 @@ def read_infill(
 
 
 @dataclass(frozen=True)
-class InfillTask:
-    """One run: a variant with a seed, in an arm.
+class InfillTask(ArmTask):
+    """One run, as `ArmTask` has it.
 
     Attributes:
-        folder: Where it goes, when it is done.
-        variant, seed, arm: Which.
-        data, model, training: Settings.
-        keep_best: Whether it ends with the weights that were best on validation.
-        configuration: All that defines it, to be told apart from another.
+        data, model: Settings.
     """
 
-    folder: Path
-    variant: Variant
-    seed: int
-    arm: Arm
     data: InfillSettings
     model: InfillModel
-    training: TrainingSettings
-    keep_best: bool
-    configuration: dict[str, Any]
 
-    @property
-    def name(self) -> str:
-        """For messages."""
-        return f"variant {self.variant.name!r}, seed {self.seed}, {self.arm.name}"
-
-    @property
-    def done(self) -> bool:
-        """Whether it was finished."""
-        return (self.folder / RECORD).is_file()
-
-    def network(self) -> InfillNetwork:
-        """The fresh network; InputError, naming the variant, if the bias does not fit."""
-        try:
+    def network(self, data: Series) -> InfillNetwork:
+        with naming(self.variant):
             return build_infill(
                 self.model, seed=self.seed, bias_type=self.variant.bias_type, bias_args=self.variant.bias_args
             )
-        except InputError as error:
-            raise InputError(f"variant {self.variant.name!r}: {error}") from error
 
-    def on(self, series: Series) -> Infill:
+    def on(self, data: Series) -> Infill:
         """What the network works on; `control: permuted` shuffles anew for each seed."""
         _, control, _ = split_arguments(self.variant.bias_args)
-        terrain = series.terrain(control.get("control", "none"), control.get("control_seed", 0) + self.seed)
-        unseen = series.unseen(self.data.unseen, self.seed)
-        return Infill(series, unseen, self.arm.elevation_input, series.days(self.arm.days), terrain)
+        terrain = data.terrain(control.get("control", "none"), control.get("control_seed", 0) + self.seed)
+        unseen = data.unseen(self.data.unseen, self.seed)
+        return Infill(data, unseen, self.arm.elevation_input, data.days(self.arm.days), terrain)
 
-    def work(self, device: int | None, on_step: Callable[[float | None], None]) -> None:
-        """Train and score; the run's folder appears whole or not at all. Networks this small gain nothing on GPUs."""
-        with whole_run(self.folder) as partial, one_thread(), denormals_as_zero():
-            started = time.perf_counter()
-            series = read_series(self.data)
-            net, infill = self.network(), self.on(series)
-            fitted = infill.fit(
-                net, self.training, self.data.hidden, seed=self.seed, keep_best=self.keep_best, on_step=on_step
-            )
-            samples = {part: sums(infill, infill.infer(net, part), part) for part in PARTS}
-            record = {**record_of(self.configuration, fitted, None), "seconds": time.perf_counter() - started}
-            save_samples(partial / SAMPLES, samples, [series.stations.variable], STRATA)
-            torch.save({"state_dict": net.state_dict()}, partial / WEIGHTS)
-            (partial / RECORD).write_text(json.dumps(record, indent=2))
+    def trained(self, on_step: Callable[[float | None], None]) -> Trained:
+        series = read_series(self.data)
+        net, infill = self.network(series), self.on(series)
+        fitted = infill.fit(
+            net, self.training, self.data.hidden, seed=self.seed, keep_best=self.keep_best, on_step=on_step
+        )
+        samples = {part: sums(infill, infill.infer(net, part), part) for part in PARTS}
+        return Trained(net, fitted, samples, series.stations.variable, STRATA)
 
 
 def sums(infill: Infill, inferred: Array, part: str) -> Samples:
@@ -311,11 +273,7 @@ def _check(configuration: InfillConfiguration, series: Series, tasks: Iterable[I
         first.setdefault(task.variant.name, task)
         seeds.setdefault(task.seed, task)
     for task in first.values():
-        net = task.network()
-        try:
-            task.on(series).infer(net, "val", most=1)
-        except InputError as error:
-            raise InputError(f"variant {task.variant.name!r}: {error}") from error
+        task.check(series)
     for task in seeds.values():
         infill = task.on(series)
         for part in PARTS:

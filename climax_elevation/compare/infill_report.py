@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from climax_elevation.compare.inference import Key
-from climax_elevation.compare.inference_report import compared, cost, fitted_on_training, learned, reading, scores
+from climax_elevation.compare.inference_report import (
+    compared,
+    cost,
+    fitted_on_training,
+    learned,
+    reading,
+    scores,
+    trained,
+)
 from climax_elevation.compare.strata import ALL
 from climax_elevation.testbed.infill import Series
 
@@ -50,7 +58,7 @@ def report(
 
 
 def _setting(configuration: InfillConfiguration, series: Series, records: Sequence[Mapping[str, Any]]) -> str:
-    data, model, training, at = configuration.data, configuration.model, configuration.training, series.stations
+    data, model, at = configuration.data, configuration.model, series.stations
     unit = f"{at.unit or 'no unit named'}{', its logarithm' if data.transform == 'log' else ''}"
     parts = ", ".join(f"{part} {len(times)}" for part, times in series.parts.items())
     unseen = int(series.unseen(data.unseen, configuration.seeds[0]).sum())
@@ -67,9 +75,7 @@ def _setting(configuration: InfillConfiguration, series: Series, records: Sequen
             f"set of each time in validation and test; and always {unseen} stations that training never sees, drawn "
             "anew for each seed, one from each stretch of heights.",
             f"- Network: {model.depth} blocks, {model.embed_dim} wide, {model.num_heads} heads.",
-            f"- Training: {training.steps} steps of {training.batch_size} times, learning rate {training.lr:g}, of the "
-            f"biases {training.lr_factor:g} times that; weights of "
-            f"{'the least validation error' if configuration.choose_on == 'val' else 'the last step'}.",
+            trained(configuration, configuration.training),
             cost(configuration, records),
         ]
     )

@@ -157,13 +157,22 @@ def host_class(climax: Source | None) -> Callable[..., nn.Module]:
     return StandInClimaX if climax is None else climax_class(climax)
 
 
+@contextmanager
+def naming(variant: Variant) -> Iterator[None]:
+    """Within it, an InputError names the variant."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"variant {variant.name!r}: {error}") from error
+
+
 def network(task: Task, img_size: Sequence[int], host: Callable[..., nn.Module]) -> nn.Module:
     """The fresh network of a run.
 
     Raises:
         InputError: If sizes or the bias do not fit; the message names the variant.
     """
-    try:
+    with naming(task.variant):
         return build_network(
             task.model,
             task.data.variables,
@@ -173,8 +182,6 @@ def network(task: Task, img_size: Sequence[int], host: Callable[..., nn.Module])
             bias_args=task.variant.bias_args,
             host=host,
         )
-    except InputError as error:
-        raise InputError(f"variant {task.variant.name!r}: {error}") from error
 
 
 def try_out(task: Task, img_size: Sequence[int], host: Callable[..., nn.Module]) -> None:
@@ -196,10 +203,8 @@ def try_out(task: Task, img_size: Sequence[int], host: Callable[..., nn.Module])
             enable_model_summary=False,
             callbacks=[TerrainCallback()],
         )
-        try:
+        with naming(task.variant):
             trainer.validate(module, datamodule=task.data.module(task.training.batch_size), verbose=False)
-        except InputError as error:
-            raise InputError(f"variant {task.variant.name!r}: {error}") from error
 
 
 def run(task: Task, device: int | None, on_step: Callable[[float | None], None]) -> None:

@@ -7,7 +7,6 @@ visible. Errors are those of patch means: they are what methods that know no pix
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from climax_elevation.checks import count, text
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.data.names import OROGRAPHY
+from climax_elevation.data.record import RECORD, read_record
 from climax_elevation.errors import InputError
 from climax_elevation.files import PREPARE, check_finite, load_npy, load_npz
 from climax_elevation.host import StandInClimaX
@@ -242,9 +242,9 @@ def _climatology(settings: GapsSettings, values: Array, training: int) -> Array:
 
 def _check_follow(root: Path, shards: list[Shard]) -> None:
     """Raise InputError unless each shard goes on a step after the one before: steps tell where a cycle is."""
-    path = root / "prepare.json"
+    path = root / RECORD
     try:
-        record = json.loads(path.read_text())
+        record = read_record(root) or {}
         hours = float(record["hours_per_step"])
         times = {shard["file"]: (_date(shard["first"]), _date(shard["last"])) for shard in record["shards"]}
         ends = [times[shard.path.relative_to(root).as_posix()] for shard in shards]
@@ -252,7 +252,7 @@ def _check_follow(root: Path, shards: list[Shard]) -> None:
             (first + shard.first(0) * timedelta(hours=hours), last)
             for shard, (first, last) in zip(shards, ends, strict=True)
         ]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise InputError(
             f"{path} does not tell the times of all shards, and data.cycle counts steps: set data.cycle: 1, or prepare "
             "the data again"
