@@ -1,5 +1,6 @@
 """The pictures: what is drawn is what was computed, in both formats, readable, and mistakes are a sentence."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -189,8 +190,11 @@ def lines(axes):
     return {line.get_label(): line for line in axes.get_lines()}
 
 
+LEAST_GAP = 4.0  # pixels between numbers on an axis
+
+
 def check_readable(figure):
-    """Every text is large enough, words are within the figure, and every axis of numbers says its unit."""
+    """Texts are large enough, words within the figure, numbers on an axis apart; an axis of numbers says its unit."""
     figure.draw_without_rendering()
     assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text()) >= 11
     whole = [figure._suptitle, figure._supxlabel]
@@ -202,6 +206,9 @@ def check_readable(figure):
             if ticks and all(tick.lstrip("−").replace(".", "").isdigit() for tick in ticks):
                 label = axis.get_label_text() or figure.get_supxlabel()
                 assert "(" in label or "gradient" in label or label == "training step", label
+        extents = sorted((label.get_window_extent() for label in axes.get_xticklabels()), key=lambda extent: extent.x0)
+        within = [extent for extent in extents if axes.bbox.x0 <= (extent.x0 + extent.x1) / 2 <= axes.bbox.x1]
+        assert all(left.x1 + LEAST_GAP < right.x0 for left, right in itertools.pairwise(within)), axes.get_xticklabels()
     for text in words:
         if text.get_text():
             extent = text.get_window_extent()
@@ -327,6 +334,16 @@ def test_arms_are_panels_with_the_same_rows(tmp_path):
     of_ridge = [[line for line in axes.get_lines() if line.get_marker() == "o"][-1] for axes in figure.axes]
     assert [(point.get_xdata()[0], point.get_ydata()[0]) for point in of_ridge] == [(-4.0, 3), (-0.5, 3)]
     check_readable(figure)
+
+
+def test_numbers_below_narrow_panels_stay_apart(tmp_path):
+    header, *rows = COMPARED.strip().splitlines()
+    wide = [
+        row.replace(",-4.0,-5.0,-3.0,", ",-13.3,-17.3,-9.2,").replace(",3.0,1.0,5.0,", ",0.5,-1.8,2.8,") for row in rows
+    ]
+    lines = [f"arm,{header}", *(f"{arm},{row}" for arm in ("withheld", "given") for row in wide)]
+    (tmp_path / "differences.csv").write_text("\n".join(lines) + "\n")
+    check_readable(pictures.forest(tmp_path))
 
 
 def test_a_skill_has_no_per_cent_and_one_seed_no_interval(compared):

@@ -426,6 +426,7 @@ class Difference:
 
 LONGEST_NAME = 30  # characters a line
 PANEL_INCHES = 4.0  # of a further panel
+TICKS = 5  # at most, or the labels of a narrow panel touch each other
 VERDICTS = {"better": BLUE, "worse": VERMILION}
 
 
@@ -456,6 +457,7 @@ def forest_figure(panels: Mapping[str, Sequence[Difference]], of: str, label: st
         names = [textwrap.fill(f"{variant} vs {counterpart}", LONGEST_NAME) for variant, counterpart in ordered]
         columns[0].set_yticks(range(len(ordered)), names)
         columns[0].set_ylim(-0.7, len(ordered) - 0.3)
+        columns[0].xaxis.set_major_locator(MaxNLocator(TICKS))
         figure.supxlabel(label, fontsize=POINTS)
         seeds = sorted({each.seeds for each in everything})
         counted = " to ".join(str(count) for count in dict.fromkeys((seeds[0], seeds[-1])))
