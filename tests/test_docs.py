@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import prepare_data
 import pytest
 import yaml
@@ -375,3 +376,54 @@ def test_the_tables_of_costs_are_there():
     assert {"attention_cpu.json", "step_cpu.json", "step_large_cpu.json", "growth_cpu.json"} <= {
         file for _, file, _ in tables_of_numbers()
     }
+
+
+# ---- what was compared ---------------------------------------------------------------------------
+
+GUIDE = ROOT / "docs" / "terrain_helps.md"
+COMPARED = {
+    "daily": "trentino_daily",
+    "hourly": "trentino_hourly",
+    "Germany": "germany_pm10",
+    "Idaho": "hrrr_gaps",
+    "Andes": "andes_gaps",
+}
+STRATA = {"seen": "seen in training", "never seen": "never seen", "": "all"}
+
+
+def compared(column, name):
+    """The rows of test that a column is about, of a committed table of a comparison."""
+    data, _, stratum = column.partition(", ")
+    table = pd.read_csv(ROOT / "docs" / "compare" / COMPARED[data] / name)
+    of = (table.part == "test") & (table.metric == "rmse_standardised") & (table.stratum == STRATA[stratum])
+    return table[of & (table.variable == table.variable.iloc[-1])]
+
+
+def tables_of_comparisons():
+    """Tables of the guide under `<!-- compared: KIND -->`, by kind."""
+    found = {}
+    for kind, text in re.findall(r"<!-- compared: (.+?) -->\n((?:\|.*\n)+)", GUIDE.read_text()):
+        head, _, *rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()]
+        found[kind] = {(row[0], column): cell for row in rows for column, cell in zip(head[1:], row[1:], strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["withheld", "given", "withheld_60_days", "given_60_days"])
+def test_the_guide_tells_differences_as_they_came_out(kind):
+    arm, _, days = kind.partition("_")
+    for (row, column), cell in tables_of_comparisons()[kind].items():
+        variant, counterpart = re.findall("`(.+?)`", row)
+        found = compared(column, f"{days}_differences.csv.gz".lstrip("_"))
+        found = found[found.arm.str.startswith(arm) & (found.variant == variant) & (found.counterpart == counterpart)]
+        assert len(found) == bool(cell), f"{row}, {column}"
+        for percent, verdict in zip(found.percent, found.verdict, strict=True):
+            clear = verdict in ("better", "worse")
+            assert cell == (f"**{percent:+.1f}**" if clear else f"{percent:+.1f}"), f"{row}, {column}"
+
+
+def test_the_guide_tells_errors_as_they_came_out():
+    for (row, column), cell in tables_of_comparisons()["errors"].items():
+        variant, _, arm = row.partition(", heights ")
+        found = compared(column, "results.csv.gz")
+        found = found[found.arm.str.startswith(arm or "withheld") & (found.variant == variant.strip("`"))]
+        assert cell == f"{found.value.mean():.3f}", f"{row}, {column}"
