@@ -16,10 +16,11 @@ from climax_elevation.block import HandedIn, TerrainBlock, check_host_block
 from climax_elevation.checks import count, true_or_false
 from climax_elevation.errors import InputError
 from climax_elevation.terrain.fields import Terrain
-from climax_elevation.terrain.reader import judged_terrain, no_channel
+from climax_elevation.terrain.reader import judged_land, judged_terrain, no_channel
 
 logger = logging.getLogger(__name__)
 
+HANDED_IN = "the terrain that was handed in"  # as errors name it
 NO_GRID = (8, 8)
 """What a bias for points is told of the grid: lengths that begin as shares of a grid begin as those of 64 patches."""
 
@@ -110,7 +111,9 @@ def terrain_given(model: nn.Module, terrain: Terrain) -> Iterator[None]:
     for block, place in zip(blocks, places, strict=True):
         place.check(terrain)
         beside = no_channel(terrain.elevation_m)
-        judged_terrain(terrain, beside, "the terrain that was handed in", "", "u and v", place.terrain_is_flat)
+        judged_terrain(terrain, beside, HANDED_IN, "", "u and v", place.terrain_is_flat)
+        if terrain.land is not None:
+            judged_land(terrain.land, HANDED_IN)
         block.attn.bias.prepare(terrain)  # at every call, since the ground may be another
         given.append(block.attn.bias.inputs(terrain))
     before = [(place.bias_inputs, place.tokens) for place in places]

@@ -67,6 +67,9 @@ def test_both_arms_and_what_weather_services_use_are_reported_and_runs_are_kept(
         ({"hidden": 1.0}, "with all hidden there is nothing to infer from"),
         ({"val_from": "2009-01-01", "test_from": "2010-01-01"}, "choose other dates"),
         ({"unseen": 0.95}, "to train on: give two or more"),
+        ({"val_from": "today"}, "data.val_from is a year or an ISO date of UTC such as 2000-06-01, not 'today'"),
+        ({"test_from": "20040615"}, "data.test_from is a year or an ISO date of UTC"),
+        ({"val_from": "2004-06-15T00:00Z"}, "data.val_from is before test_from"),
     ],
 )
 def test_what_cannot_be_inferred_is_told_before_training(tmp_path, capsys, changes, message):

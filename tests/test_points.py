@@ -1,5 +1,7 @@
 """Tokens that are places and no grid: which biases can, which cannot, and what they see."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from terrains import EVERY_BIAS
@@ -105,6 +107,8 @@ def test_controls_give_each_station_the_height_of_another():
     terrain = Terrain.of_points(HEIGHT_M, LAT, LON)
     # from west to east: 2700, 200, 900 m; mirrored 900, 200, 2700 m
     assert controlled(terrain, "mirrored", shuffled(3, 0)).elevation_m.tolist() == [[200, 2700, 900]]
+    over_the_dateline = replace(terrain, lon=torch.tensor([179.0, -179, 178]))
+    assert controlled(over_the_dateline, "mirrored", shuffled(3, 0)).elevation_m.tolist() == [[200, 2700, 900]]
     assert sorted(controlled(stations(9), "permuted", shuffled(9, 1)).elevation_m[0].tolist()) == sorted(
         stations(9).elevation_m[0].tolist()
     )
@@ -119,6 +123,16 @@ def test_controls_give_each_station_the_height_of_another():
             {"lat": [46.0, 46, 46.5], "lon": [11.0, 11, 10], "height": [200.0, 200, 900]},
             "tokens 0 and 1 are the same place",
         ),
+        (
+            {"lat": [46.0, 46, 46.5], "lon": [-1.0, 359, 10], "height": [200.0, 200, 900]},
+            "tokens 0 and 1 are the same place",
+        ),
+        (
+            {"lat": [-90.0, -90, 46.5], "lon": [5.0, 6, 10], "height": [200.0, 200, 900]},
+            "tokens 0 and 1 are the same place",
+        ),
+        ({"lat": [[46.0, 47, 48]]}, r"lat is \[patches\], not \[1, 3\]"),
+        ({"height": 200.0}, r"elevation_m is \[batch or 1, patches\], not \[\]"),
         ({"lat": [46.0], "lon": [11.0], "height": [200.0]}, "between two places or more, not 1"),
         ({"lat": [46.0, 47.0]}, "lat has 2 patches, and elevation_m has 3"),
     ],
@@ -127,3 +141,25 @@ def test_bad_points_are_told_in_a_sentence(change, message):
     given = {"height": HEIGHT_M, "lat": LAT, "lon": LON} | {name: torch.tensor(v) for name, v in change.items()}
     with pytest.raises(InputError, match=message):
         Terrain.of_points(given["height"], given["lat"], given["lon"])
+
+
+def test_what_is_no_tensor_is_named():
+    with pytest.raises(InputError, match="elevation_m is a tensor, not ndarray: torch.as_tensor"):
+        Terrain.of_points(HEIGHT_M.numpy(), LAT, LON)
+    with pytest.raises(InputError, match="lat is a tensor, not list"):
+        Terrain(HEIGHT_M[None], (1, 3), lat=LAT.tolist(), lon=LON)
+
+
+@pytest.mark.parametrize("land", [80.0, float("nan")])
+def test_land_that_is_handed_in_is_a_share(land):
+    made, terrain = on_points("structure", land=True), stations(land=torch.tensor([0, 0, 1, 1, land]))
+    with pytest.raises(InputError, match="share of land from the terrain that was handed in is .* not within 0 to 1"):
+        terrain_given(made, terrain).__enter__()
+
+
+def test_winds_that_are_handed_in_without_their_speed_are_looked_at():
+    made = Elsewhere()
+    attach_blocks(made, "physics", stack="net.layers", grid=(1, 2), bias_args={"wind": False})
+    terrain = Terrain(torch.tensor([[0.0, 900]]), (1, 2), u=torch.full((1, 2), 900.0), v=torch.zeros(1, 2))
+    with pytest.raises(InputError, match="wind speed reaches 900 m/s"):
+        terrain_given(made, terrain).__enter__()

@@ -109,11 +109,56 @@ AGAIN = TIMES[[0, 1, 1, 2]]
         ({"kind": "trajectory"}, "featureType 'trajectory'"),
         ({"values": ALONE}, "times do not overlap"),
         ({"times": AGAIN}, "times ascend and come once each"),
+        ({"times": np.where(TIMES[1] == TIMES, np.datetime64("NaT"), TIMES)}, "1 of 4 times are missing"),
+        ({"values": np.where(VALUES == 3, np.inf, VALUES)}, "t2m of 'A' is infinite"),
+        ({"values": VALUES.astype(str)}, "t2m holds .* and not numbers"),
+        ({"names": ["A", "", "C"]}, "one of its 3 stations has no name"),
+        (
+            {"lat": [46.0, 46, 46.5], "lon": [-1.0, 359, 10], "height": [200.0, 200, 9]},
+            "'A' and 'B' are at the same place",
+        ),
+        (
+            {"lat": [90.0, 90, 46.5], "lon": [11.0, 12, 10], "height": [200.0, 200, 9]},
+            "'A' and 'B' are at the same place",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_in_a_sentence(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         read_stations(written(tmp_path, dataset(**changes)))
+
+
+def test_the_height_of_an_instrument_is_not_that_of_the_ground(tmp_path):
+    """CF's scalar `height` of 2 m, one a station, and a variable that is called like a height."""
+    for dims, above in ((), 2.0), (("station",), np.full(3, 2.0)):
+        made = dataset().assign_coords(height=(dims, above, {"units": "m", "standard_name": "height"}))
+        first = made[["height", *(name for name in made.variables if name != "height")]]
+        assert read_stations(written(tmp_path, first)).elevation_m.tolist() == HEIGHT_M
+    made = dataset().rename(t2m="z")
+    assert read_stations(written(tmp_path, made[["z"]])).elevation_m.tolist() == HEIGHT_M
+    made = dataset().drop_vars("elevation").assign_coords(height=((), 2.0))
+    with pytest.raises(InputError, match=r"has no elevation over .station., and .* height .one number."):
+        read_stations(written(tmp_path, made))
+    over_time = dataset().assign_coords(elevation=(("time", "station"), np.tile(HEIGHT_M, (4, 1))))
+    with pytest.raises(InputError, match=r"has no elevation over .station., and .* elevation .time, station."):
+        read_stations(written(tmp_path, over_time))
+
+
+def test_numbers_that_stand_for_gaps_are_gaps(tmp_path):
+    marked = np.where(np.isnan(VALUES), -9999, VALUES)
+    for path in (written(tmp_path, dataset(values=marked)), as_csv(tmp_path, dataset(values=marked))):
+        assert np.array_equal(read_stations(path).values, VALUES, equal_nan=True)
+
+
+def test_stations_one_after_another_are_named(tmp_path):
+    """CF's ragged arrays: contiguous, and by index."""
+    for name, mark, dimension in ("row_size", "sample_dimension", "station"), ("index", "instance_dimension", "obs"):
+        made = dataset().drop_vars(["t2m", "time"])
+        count = np.array([3, 2, 4]) if dimension == "station" else np.repeat([0, 1, 2], [3, 2, 4])
+        made[name] = (dimension, count, {mark: "obs"})
+        made["t2m"] = ("obs", np.arange(9.0))
+        with pytest.raises(InputError, match=f"a ragged array, by '{name}'.: lay its variables out over time and"):
+            read_stations(written(tmp_path, made))
 
 
 def test_one_station_is_too_few(tmp_path):
@@ -142,12 +187,54 @@ def test_a_grid_is_no_station_file(tmp_path):
         ("time,station,lat,lon,elevation,t2m\n2004-01-01,A,46,11,2,1\n2004-01-01,A,46,11,2,1\n", "row 3: .* twice"),
         ("time,station,lat,lon,elevation,t2m\n2004-01-01,A,46,11,2,1\n2004-01-02,A,46,11,3,1\n", "elevation 3, and 2"),
         ("", "has no column 'time'"),
+        ("time,station,lat,lon,elevation,t2m\n\n  \n2004-01-01,A,46,11,2,warm\n", "row 4: t2m is a number"),
+        ("time,station,lat,lon,elevation,t2m\n20040101,A,46,11,2,1\n", "row 2: time is an ISO date of UTC"),
+        ("time,station,lat,lon,elevation,t2m\ntoday,A,46,11,2,1\n", "row 2: time is an ISO date of UTC"),
+        (
+            "time,station,lat,lon,elevation,t2m\n2004-01-01T06:00+02:00,A,46,11,2,1\n",
+            "row 2: time is an ISO date of UTC",
+        ),
+        ("time,station,lat,lon,elevation,t2m\n2004-02-30,A,46,11,2,1\n", "row 2: time is an ISO date of UTC"),
+        ("time,station,lat,lon,elevation,t2m\n2004-01-01,A,46,11,2,inf\n", "row 2: t2m is a number"),
+        ("time,station,lat,lon,elevation,t2m\n2004-01-01,A,46,11,2,1_0\n", "row 2: t2m is a number"),
+        ("time;station;lat;lon;elevation;t2m\n2004-01-01;A;46,5;11;2;1\n", "row 2: lat is a number with a decimal po"),
+        ("time,station,lat,lon,elevation,t2m\n2004-01-01,,46,11,2,1\n", "row 2: no station is named"),
     ],
 )
 def test_a_damaged_csv_is_told_by_its_row(tmp_path, text, message):
     path = tmp_path / "stations.csv"
     path.write_text(text)
     with pytest.raises(InputError, match=message):
+        read_stations(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (",", ";"),
+        (",", "\t"),
+        ("\n", "\r\n"),
+        ("time,", "\ufefftime,"),
+        ("A", '"A"'),
+        ("2004-01-01,", "2004-01-01T00:00:00.000Z,"),
+    ],
+)
+def test_a_csv_as_other_programs_write_it(tmp_path, before, after):
+    path = as_csv(tmp_path, dataset())
+    path.write_bytes(path.read_text().replace(before, after).encode())
+    read = read_stations(path)
+    assert read.names == ("A", "B", "C")
+    assert read.times[0] == TIMES[0]
+    assert np.array_equal(read.values, VALUES, equal_nan=True)
+
+
+def test_a_column_without_a_name_is_no_variable(tmp_path):
+    """pandas writes its index so."""
+    path = as_csv(tmp_path, dataset())
+    path.write_text("".join(f"{i or ''},{line}" for i, line in enumerate(path.read_text().splitlines(keepends=True))))
+    assert read_stations(path).variable == "t2m"
+    path.write_bytes("time,station\n2004,Z\u00fcrich\n".encode("latin1"))
+    with pytest.raises(InputError, match="is no text in UTF-8 .* save it as that"):
         read_stations(path)
 
 

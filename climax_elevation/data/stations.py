@@ -1,14 +1,15 @@
 """Point observations: CF station files (`featureType: timeSeries`), and CSV with the same columns.
 
 netCDF: dimensions `time` and `station`; coordinates `lat`, `lon` (degrees) and `elevation` (with its unit), one a
-station; variables `[time, station]`, gaps as missing values. CSV: a row an observation, with the columns `time`,
-`station`, `lat`, `lon`, `elevation` and one a variable; an empty field is a gap. A unit may stand behind a column's
-name, as in `elevation (ft)`.
+station; variables `[time, station]`, gaps as missing values. CSV: a row an observation, with the columns `time` (UTC),
+`station`, `lat`, `lon`, `elevation` and one a variable, between commas, semicolons or tabs; an empty field is a gap. A
+unit may stand behind a column's name, as in `elevation (ft)`. Numbers that stand for gaps, such as -9999, are gaps.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -19,7 +20,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from climax_elevation.data.sentinels import sentinel
 from climax_elevation.data.source import open_netcdf
+from climax_elevation.data.times import moment
 from climax_elevation.errors import InputError
 from climax_elevation.terrain.units import HEIGHT, conversion
 
@@ -31,8 +34,12 @@ PLACES = {
     "station": ("station", "station_id", "station_name"),
     "lat": ("lat", "latitude"),
     "lon": ("lon", "longitude"),
-    "elevation": ("elevation", "altitude", "alt", "height", "surface_altitude", "z"),
+    # what may be the height of an instrument above its ground comes last
+    "elevation": ("elevation", "surface_altitude", "altitude", "alt", "z", "height"),
 }
+STANDARD_NAMES = {"lat": "latitude", "lon": "longitude", "elevation": "surface_altitude"}
+RAGGED = ("sample_dimension", "instance_dimension")  # CF's marks of it
+SEPARATORS = ",;\t"
 
 
 @dataclass(frozen=True)
@@ -105,11 +112,12 @@ def read_stations(
             raise InputError(f"units names the unit of elevation alone, since values keep theirs, not of {name!r}")
     found = _read_csv(path, variable) if path.suffix.lower() == ".csv" else _read_netcdf(path, variable)
     stations, unit = found
-    stations = _left(stations, list(leave_out))
+    stations = _left(replace(stations, values=_without_marks(stations.values)), list(leave_out))
     _check_names(stations)
     unit = given.get("elevation", unit)
     stations = replace(stations, elevation_m=_metres(stations, unit))
     _check_places(stations)
+    _check_values(stations)
     _check_times(stations)
     return stations
 
@@ -124,7 +132,7 @@ def _read_netcdf(path: Path, variable: str | None) -> Found:
             came = f"featureType {kind!r}" if kind else "no featureType"
             raise InputError(f"{path} has {came}: a station file has featureType 'timeSeries' (a grid: prepare)")
         station = _station_dimension(path, dataset)
-        places = {name: _find(path, dataset, name) for name in ("lat", "lon", "elevation")}
+        places = {name: _find(path, dataset, station, name) for name in STANDARD_NAMES}
         candidates = [str(name) for name, v in dataset.data_vars.items() if set(v.dims) == {"time", station}]
         chosen = _chosen(path, candidates, variable)
         names = dataset[station] if station in dataset.variables else None
@@ -139,15 +147,21 @@ def _read_netcdf(path: Path, variable: str | None) -> Found:
             unit=str(found.attrs.get("units", "")),
             times=_times(path, dataset["time"].to_numpy() if "time" in dataset.variables else np.array([])),
             names=tuple(map(_text, range(number) if names is None else names.to_numpy())),
-            lat=_numbers(dataset[places["lat"]]),
-            lon=_numbers(dataset[places["lon"]]),
-            elevation_m=_numbers(height),
-            values=_numbers(found),
+            lat=_numbers(path, dataset[places["lat"]]),
+            lon=_numbers(path, dataset[places["lon"]]),
+            elevation_m=_numbers(path, height),
+            values=_numbers(path, found),
         )
         return stations, height.attrs.get("units")
 
 
 def _station_dimension(path: Path, dataset: xr.Dataset) -> str:
+    ragged = [str(name) for name, v in dataset.variables.items() if any(mark in v.attrs for mark in RAGGED)]
+    if ragged:
+        raise InputError(
+            f"{path} holds one station after another along one dimension (a ragged array, by {ragged[0]!r}): lay its "
+            "variables out over time and station, or write it as CSV, a row an observation"
+        )
     others = [str(name) for name in dataset.sizes if name != "time"]
     named = [name for name in others if name.lower() in PLACES["station"]]
     with_time = [name for name in others if any(set(v.dims) == {"time", name} for v in dataset.data_vars.values())]
@@ -159,12 +173,20 @@ def _station_dimension(path: Path, dataset: xr.Dataset) -> str:
     return (named or with_time)[0]
 
 
-def _find(path: Path, dataset: xr.Dataset, wanted: str) -> str:
-    standard = {"lat": "latitude", "lon": "longitude", "elevation": "surface_altitude"}[wanted]
-    for name, values in dataset.variables.items():
-        if str(name).lower() in PLACES[wanted] or values.attrs.get("standard_name") in (standard, PLACES[wanted][1]):
-            return str(name)
-    raise InputError(f"{path} has no {wanted}, and {', '.join(map(str, dataset.variables))}: add it, one a station")
+def _find(path: Path, dataset: xr.Dataset, station: str, wanted: str) -> str:
+    names = {str(name).lower(): str(name) for name in dataset.variables}
+    found = [str(name) for name, v in dataset.variables.items() if _standard_name(v) == STANDARD_NAMES[wanted]]
+    found += [names[name] for name in PLACES[wanted] if name in names]
+    found += [str(name) for name, v in dataset.variables.items() if _standard_name(v) == PLACES[wanted][-1]]
+    for name in found:
+        if dataset[name].dims == (station,):
+            return name
+    came = ", ".join(f"{name} ({', '.join(map(str, v.dims)) or 'one number'})" for name, v in dataset.variables.items())
+    raise InputError(f"{path} has no {wanted} over ({station}), and {came}: add it, one a station")
+
+
+def _standard_name(values: xr.Variable) -> object:
+    return values.attrs.get("standard_name")
 
 
 def _chosen(path: Path, candidates: list[str], variable: str | None) -> str:
@@ -177,26 +199,23 @@ def _chosen(path: Path, candidates: list[str], variable: str | None) -> str:
 
 
 def _read_csv(path: Path, variable: str | None) -> Found:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read as CSV: {error}") from error
-    header, body = (rows[0] if rows else []), [row for row in rows[1:] if row]
+    header, body = _rows(path)
     columns, units = _columns(path, header)
-    candidates = [name for name in columns if name not in PLACES]
+    candidates = [name for name in columns if name and name not in PLACES]
     chosen = _chosen(path, candidates, variable)
-    for number, row in enumerate(body, start=2):
+    for number, row in body:
         if len(row) != len(header):
             raise InputError(f"{path}, row {number}: {len(row)} fields, and the header has {len(header)}")
-    times = np.array([_date(path, number, row[columns["time"]]) for number, row in enumerate(body, start=2)])
-    names = [row[columns["station"]].strip() for row in body]
+        if not row[columns["station"]].strip():
+            raise InputError(f"{path}, row {number}: no station is named: give its name, or take the row out")
+    times = np.array([_date(path, number, row[columns["time"]]) for number, row in body])
+    names = [row[columns["station"]].strip() for _, row in body]
     order = {name: index for index, name in enumerate(dict.fromkeys(names))}
     axis, place = np.unique(times, return_inverse=True) if body else (times, np.array([], dtype=int))
     values = np.full((len(axis), len(order)), np.nan)
     seen = np.zeros(values.shape, dtype=bool)
     fixed = {name: np.full(len(order), np.nan) for name in ("lat", "lon", "elevation")}
-    for number, (row, name, at) in enumerate(zip(body, names, place, strict=True), start=2):
+    for (number, row), name, at in zip(body, names, place, strict=True):
         column = order[name]
         if seen[at, column]:
             raise InputError(f"{path}, row {number}: station {name!r} has {axis[at]} twice: leave one out")
@@ -224,6 +243,20 @@ def _read_csv(path: Path, variable: str | None) -> Found:
     return stations, units.get("elevation")
 
 
+def _rows(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header, and the rows below it that are not empty, each with the number of its line in the file."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        separator = max(SEPARATORS, key=text.partition("\n")[0].count)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        rows = [(reader.line_num, row) for row in reader]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8 ({error}): save it as that") from error
+    except (OSError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as CSV: {error}") from error
+    return (rows[0][1] if rows else []), [(line, row) for line, row in rows[1:] if any(map(str.strip, row))]
+
+
 def _columns(path: Path, header: list[str]) -> tuple[dict[str, int], dict[str, str]]:
     """Where each column stands, by our names for the places', and the units behind their names."""
     columns, units = {}, {}
@@ -231,7 +264,7 @@ def _columns(path: Path, header: list[str]) -> tuple[dict[str, int], dict[str, s
         match = re.fullmatch(r"\s*(.*?)\s*(?:[(\[](.*)[)\]])?\s*", text)
         name, unit = match.groups() if match else (text, None)
         name = next((ours for ours, theirs in PLACES.items() if name.lower() in theirs), name)
-        if name in columns:
+        if name and name in columns:
             raise InputError(f"{path} has the column {name!r} twice")
         columns[name] = index
         if unit:
@@ -248,30 +281,34 @@ def _columns(path: Path, header: list[str]) -> tuple[dict[str, int], dict[str, s
 def _number(path: Path, row: int, column: str, text: str) -> float:
     if text.strip().lower() in ("", "na", "nan"):
         return float("nan")
-    try:
-        return float(text)
-    except ValueError:
+    value = float("nan")
+    with suppress(ValueError):
+        value = float(text.replace("_", "?"))  # which Python would take for nothing
+    if not np.isfinite(value):
         raise InputError(
-            f"{path}, row {row}: {column} is a number, or empty where there is none, not {text!r}"
-        ) from None
+            f"{path}, row {row}: {column} is a number with a decimal point, or empty where there is none, not {text!r}"
+        )
+    return value
 
 
 def _date(path: Path, row: int, text: str) -> np.datetime64:
-    stamp: np.datetime64 | None = None
-    with suppress(ValueError):
-        stamp = np.datetime64(text.strip().removesuffix("Z"), "s")
-    if stamp is None or np.isnat(stamp):
-        raise InputError(f"{path}, row {row}: time is an ISO date such as 2004-01-01T06:00, not {text!r}")
+    stamp = moment(text)
+    if stamp is None:
+        raise InputError(f"{path}, row {row}: time is an ISO date of UTC such as 2004-01-01T06:00, not {text!r}")
     return stamp
 
 
 def _times(path: Path, values: NDArray) -> NDArray[np.datetime64]:
     if not np.issubdtype(values.dtype, np.datetime64):
         raise InputError(f"{path}: time holds {values.dtype} and not dates of the usual calendar: give it CF units")
+    if np.isnat(values).any():
+        raise InputError(f"{path}: {np.isnat(values).sum()} of {len(values)} times are missing: give each its time")
     return values.astype("datetime64[s]")
 
 
-def _numbers(values: xr.DataArray) -> Array:
+def _numbers(path: Path, values: xr.DataArray) -> Array:
+    if values.dtype.kind not in "iuf":
+        raise InputError(f"{path}: {values.name} holds {values.dtype} and not numbers: write it as numbers")
     return np.asarray(values.to_numpy(), dtype=np.float64)
 
 
@@ -292,6 +329,8 @@ def _check_names(stations: Stations) -> None:
             f"{stations.source} has {len(stations)} station{'s' * (len(stations) != 1)}: a value is inferred from "
             "others, so give two or more"
         )
+    if "" in stations.names:
+        raise InputError(f"{stations.source}: one of its {len(stations)} stations has no name: give each its own")
     twice = [name for name in dict.fromkeys(stations.names) if stations.names.count(name) > 1]
     if twice:
         raise InputError(f"{stations.source} has the station {twice[0]!r} more than once: leave one out")
@@ -312,7 +351,7 @@ def _metres(stations: Stations, unit: str | None) -> Array:
             said = "it names no unit, and metres were taken" if unit is None else f"its unit is {unit!r}"
             raise InputError(
                 f"{stations.source}: elevation of {name!r} would be {extreme:g} m, where no ground is ({said}): are "
-                f"they feet? {remedy[0].upper()}{remedy[1:]}"
+                f"they feet? {remedy[0].upper()}{remedy[1:]}; or name what has none in leave_out"
             )
     return metres
 
@@ -323,13 +362,30 @@ def _check_places(stations: Stations) -> None:
         if bad:
             raise InputError(f"{stations.source}: {what} of {_listed(bad)} is not within [{low}, {high}] degrees")
     places: dict[tuple[float, ...], str] = {}
-    for name, *place in zip(stations.names, stations.lat, stations.lon, stations.elevation_m, strict=True):
+    turns = np.where(np.abs(stations.lat) == 90, 0.0, stations.lon % 360)
+    for name, *place in zip(stations.names, stations.lat, turns, stations.elevation_m, strict=True):
         other = places.setdefault(tuple(place), name)
         if other != name:
             raise InputError(
                 f"{stations.source}: {other!r} and {name!r} are at the same place, and one would tell the other's "
                 "value: name one of them in leave_out"
             )
+
+
+def _without_marks(values: Array) -> Array:
+    """`values` with NaN for the numbers that stand for gaps."""
+    while (mark := sentinel(values)) is not None:
+        values = np.where(values == mark, np.nan, values)
+    return values
+
+
+def _check_values(stations: Stations) -> None:
+    endless = np.isinf(stations.values).any(axis=0)
+    if endless.any():
+        bad = [name for name, it in zip(stations.names, endless, strict=True) if it]
+        raise InputError(
+            f"{stations.source}: {stations.variable} of {_listed(bad)} is infinite at times: leave those values out"
+        )
 
 
 def _check_times(stations: Stations) -> None:

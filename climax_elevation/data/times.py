@@ -4,6 +4,7 @@ import logging
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -177,6 +178,14 @@ def written_date(text: str) -> str | None:
     """A year or date as stamps begin with it, of UTC; None: it is none."""
     date = re.sub(r"(?<=:\d\d|T\d\d)(Z|\+00:?00)$", "", text.strip().replace(" ", "T"))
     return date if _DATE.fullmatch(date) else None
+
+
+def moment(text: str) -> np.datetime64 | None:
+    """A year or date of UTC, to the second; None: it is none, or no day of the usual calendar."""
+    date = written_date(re.sub(r"(?<=:\d\d)\.0+", "", text))
+    with suppress(ValueError):
+        return None if date is None else np.datetime64(date, "s")
+    return None
 
 
 def _date(text: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from climax_elevation.terrain.fields import Terrain
+from climax_elevation.terrain.sphere import eastward
 
 CONTROLS = ("none", "flat", "mirrored", "permuted")
 
@@ -26,9 +27,9 @@ def mirrored(terrain: Terrain) -> Terrain:
     """
     if terrain.points:
         terrain.require({"lon"}, "control: mirrored")
-        eastward = terrain.lon.argsort(stable=True)  # type: ignore[union-attr]
-        order = torch.empty_like(eastward)
-        order[eastward] = eastward.flip(0)
+        from_west = eastward(terrain.lon.double()).argsort(stable=True)  # type: ignore[union-attr]
+        order = torch.empty_like(from_west)
+        order[from_west] = from_west.flip(0)
         return permuted(terrain, order)
     patches = torch.arange(terrain.elevation_m.shape[1], device=terrain.elevation_m.device)
     return permuted(terrain, patches.unflatten(0, terrain.grid).flip(1).flatten())

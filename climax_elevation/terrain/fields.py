@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ REMEDIES = {
     "lat": _PLACE,
     "lon": _PLACE,
     "lead_hours": ("a lead time", "choose another bias: climate projection has none, forecasts hand theirs on"),
-    "land": ("the share of land", "give a channel of it by land_variable, or leave out land: true"),
+    "land": ("the share of land", "give a channel of it by land_variable, or land to Terrain, or leave out land: true"),
     "spacing_m": ("the spacing of a plane grid", "give grid_spacing_m"),
 }
 
@@ -115,6 +116,10 @@ class Terrain:
     land: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("elevation_m", "u", "v", "speed", "lat", "lon", "lead_hours", "patch_ids", "land"):
+            value = getattr(self, name)
+            if not (isinstance(value, Tensor) or (value is None and name != "elevation_m")):
+                raise InputError(f"{name} is a tensor, not {type(value).__name__}: torch.as_tensor makes one")
         if self.elevation_m.dim() != 2:
             raise InputError(f"elevation_m is [batch or 1, patches], not {list(self.elevation_m.shape)}")
         tokens = self.elevation_m.shape[1]
@@ -122,7 +127,12 @@ class Terrain:
             raise InputError(f"a grid of {self.grid[0]} x {self.grid[1]} patches does not have {tokens} of them")
         for name in ("u", "v", "speed", "lat", "lon", "patch_ids", "land"):
             value = getattr(self, name)
-            if value is not None and value.shape[-1] != tokens:
+            if value is None:
+                continue
+            dims, shape = (1, "[patches]") if name in ("lat", "lon", "patch_ids") else (2, "[batch or 1, patches]")
+            if value.dim() != dims:
+                raise InputError(f"{name} is {shape}, not {list(value.shape)}")
+            if value.shape[-1] != tokens:
                 raise InputError(f"{name} has {value.shape[-1]} patches, and elevation_m has {tokens}")
 
     @classmethod
@@ -147,19 +157,18 @@ class Terrain:
         Args:
             elevation_m: Metres, `[L]` or `[B or 1, L]`.
             lat, lon: Degrees, `[L]`.
-            u, v: Eastward and northward wind, m/s, `[B or 1, L]`.
-            speed: Wind speed, m/s, `[B or 1, L]`; None: that of u and v, where they are given.
+            u, v: Eastward and northward wind, m/s, `[L]` or `[B or 1, L]`.
+            speed: Wind speed, m/s, likewise; None: that of u and v, where they are given.
             lead_hours: Forecast lead time, hours, `[B]`.
             land: Share of land around each place, from 0 to 1, `[L]` or `[B or 1, L]`.
 
         Raises:
             InputError: If there is one place only, numbers are not finite, or two places are the same.
         """
-        elevation_m = elevation_m[None] if elevation_m.dim() == 1 else elevation_m
-        if speed is None and u is not None and v is not None:
+        elevation_m, u, v, speed, land = map(_of_one_sample, (elevation_m, u, v, speed, land))
+        if speed is None and isinstance(u, Tensor) and isinstance(v, Tensor):
             speed = torch.hypot(u, v)
-        tokens = elevation_m.shape[-1]
-        land = land[None] if land is not None and land.dim() == 1 else land
+        tokens = elevation_m.shape[-1] if getattr(elevation_m, "ndim", 0) else 0
         terrain = cls(elevation_m, (1, tokens), u, v, speed, lat, lon, lead_hours, points=True, land=land)
         if tokens < 2:
             raise InputError(f"attention is between two places or more, not {tokens}: give more stations")
@@ -229,9 +238,15 @@ class Terrain:
         return replace(self, **per_patch, patch_ids=self.ids[ids])
 
 
+def _of_one_sample(values: Any) -> Any:
+    """`[L]` as `[1, L]`."""
+    return values[None] if isinstance(values, Tensor) and values.dim() == 1 else values
+
+
 def _check_apart(lat: Tensor, lon: Tensor, elevation_m: Tensor) -> None:
     """Raise InputError if two places are the same, height included: one of them would tell the other's value."""
-    places = torch.stack([lat.double(), lon.double(), elevation_m[0].double()], dim=1)
+    turned = torch.remainder(lon.double(), 360).masked_fill(lat.abs() == 90, 0.0)  # at a pole all are one
+    places = torch.stack([lat.double(), turned, elevation_m[0].double()], dim=1)
     _, place, times = places.unique(dim=0, return_inverse=True, return_counts=True)
     if bool((times > 1).any()):
         first, second = (place == times.argmax()).nonzero().flatten()[:2].tolist()

@@ -335,7 +335,7 @@ class TerrainReader(nn.Module):
             channel = channel[:1]
         land = downsample_elevation(channel, self.patch_size) * self.land_std + self.land_mean
         numbers = torch.stack([*land.detach().aminmax(), moved])
-        return judged(land, numbers, _check_land, self.land_variable)
+        return judged(land, numbers, _check_land, f"channel {self.land_variable!r}")
 
     # ---- checks, at every forward --------------------------------------------------------------
 
@@ -453,9 +453,18 @@ def judged_terrain(
         origin, channel, winds, flat: As `_check_values`.
     """
     z = terrain.elevation_m.detach().float()
-    fastest = z.new_zeros(()) if terrain.speed is None else terrain.speed.detach().float().amax()
+    speed = terrain.speed
+    if speed is None and terrain.u is not None and terrain.v is not None:
+        speed = torch.hypot(terrain.u, terrain.v)
+    fastest = z.new_zeros(()) if speed is None else speed.detach().float().amax()
     numbers = torch.stack([*z.aminmax(), z.std(dim=1, correction=0).min(), fastest, *beside])
     return judged(terrain.elevation_m, numbers, _check_values, origin, channel, winds, flat)
+
+
+def judged_land(land: Tensor, origin: str) -> Tensor:
+    """The share of land, judged like the elevation of `judged_terrain`: whether it is within 0 to 1."""
+    values = land.detach().float()
+    return judged(land, torch.stack([*values.aminmax(), values.new_zeros(())]), _check_land, origin)
 
 
 def no_channel(like: Tensor) -> list[Tensor]:
@@ -517,15 +526,15 @@ def _check_values(numbers: list[float], origin: str, channel: str, winds: str, f
 
 
 @judge
-def _check_land(numbers: list[float], channel: str) -> None:
+def _check_land(numbers: list[float], origin: str) -> None:
     low, high, moved = numbers
     if not LAND[0] <= low <= high <= LAND[1]:
         raise InputError(
-            f"the share of land from channel {channel!r} is {low:.2f} to {high:.2f}, and not within 0 to 1: is it "
+            f"the share of land from {origin} is {low:.2f} to {high:.2f}, and not within 0 to 1: is it "
             "standardised by other statistics, or in per cent?"
         )
     if not moved <= LAND_MAY_MOVE:
         raise InputError(
-            f"static_terrain is true, and the share of land in channel {channel!r} differs between samples, by up to "
+            f"static_terrain is true, and the share of land from {origin} differs between samples, by up to "
             f"{moved:.2f}: set static_terrain: false"
         )

@@ -30,6 +30,18 @@ def shorter_turn(degrees: Tensor) -> Tensor:
     return torch.remainder(degrees + 180, 360) - 180
 
 
+def eastward(lon: Tensor) -> Tensor:
+    """Longitudes without a jump: eastward from the far side of the widest gap between them, degrees, `[L]`.
+
+    Where none lies between 180 W and 0, and the widest gap does, they stay as they are.
+    """
+    turned = torch.remainder(lon, 360)
+    ordered = turned.sort().values
+    gaps = torch.cat([ordered[1:], ordered[:1] + 360]) - ordered
+    begin = ordered[(gaps.argmax() + 1) % len(ordered)]
+    return torch.where(turned < begin, turned + 360, turned)
+
+
 def unit_vectors(lat: Tensor, lon: Tensor) -> Tensor:
     """Places as vectors of length 1 from the Earth's centre: x to (0 N, 0 E), y to (0 N, 90 E), z to the pole.
 

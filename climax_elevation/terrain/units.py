@@ -36,7 +36,7 @@ PRESSURE = {
     **_same("hpa", "mb", "mbar", "millibar", "millibars", factor=100.0),
     **_same("kpa", factor=1000.0),
 }
-_HEIGHT_SPELLINGS = ("m", "metre", "metres", "meter", "meters", "gpm", "geopotentialmeter")
+_HEIGHT_SPELLINGS = ("m", "metre", "metres", "meter", "meters", "masl", "gpm", "geopotentialmeter")
 _GEOPOTENTIAL_SPELLINGS = ("m2s-2", "m2/s2", "jkg-1", "j/kg")
 GEOPOTENTIAL = {
     **_same(*_GEOPOTENTIAL_SPELLINGS),
@@ -46,7 +46,7 @@ HEIGHT = {
     **_same(*_HEIGHT_SPELLINGS),
     **_same(*_GEOPOTENTIAL_SPELLINGS, factor=1 / STANDARD_GRAVITY_M_S2),
     **_same("km", factor=1000.0),
-    **_same("ft", "feet", factor=0.3048),
+    **_same("ft", "foot", "feet", factor=0.3048),
 }
 WATER_DEPTH = {**_same("m", "metre", "metres"), **_same("mm", "kgm-2", "kg/m2", factor=0.001)}
 ENERGY = {**_same("jm-2", "j/m2"), **_same("kjm-2", "kj/m2", factor=1000.0)}

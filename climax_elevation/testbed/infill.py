@@ -22,11 +22,13 @@ from climax_elevation.block import timm_block
 from climax_elevation.checks import count, one_of, positive
 from climax_elevation.data.format import PARTITIONS
 from climax_elevation.data.stations import Stations, read_stations
+from climax_elevation.data.times import moment
 from climax_elevation.errors import InputError
 from climax_elevation.options import AttachOptions
 from climax_elevation.other_hosts import attach_blocks, terrain_given
 from climax_elevation.terrain.controls import controlled, shuffled
 from climax_elevation.terrain.fields import Terrain
+from climax_elevation.terrain.sphere import eastward
 from climax_elevation.testbed.fit import TrainingSettings
 from climax_elevation.testbed.masked import MaskedFit, fit_masked
 
@@ -84,10 +86,14 @@ class InfillSettings:
             harmonics = getattr(self, name)
             if not 0 <= harmonics <= 6:
                 raise InputError(f"data.{name} is a whole number from 0 to 6, not {harmonics}")
-        for name in ("val_from", "test_from"):
-            _date(f"data.{name}", getattr(self, name))
-        if not self.val_from < self.test_from:
+        first, second = self.bounds
+        if not first < second:
             raise InputError(f"data.val_from is before test_from, not {self.val_from} and {self.test_from}")
+
+    @property
+    def bounds(self) -> tuple[np.datetime64, np.datetime64]:
+        """When validation begins, and test."""
+        return _date("data.val_from", self.val_from), _date("data.test_from", self.test_from)
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ class Series:
     def inputs(self, seen: Mask, elevation_input: bool) -> Tensor:
         """Place of each station as the network has it, `[S, 3]`: east, north and up, standardised over `seen`."""
         at = self.stations
-        east = at.lon * np.cos(np.deg2rad(at.lat.mean()))
+        east = eastward(torch.from_numpy(at.lon)).numpy() * np.cos(np.deg2rad(at.lat.mean()))
         columns = np.stack([east, at.lat, at.elevation_m], axis=1)
         columns = (columns - columns[seen].mean(axis=0)) / np.maximum(columns[seen].std(axis=0), 1e-6)
         columns[:, 2] *= elevation_input
@@ -189,8 +195,7 @@ def read_series(settings: InfillSettings) -> Series:
                 f"{np.nanmin(values):g}: remove those, or set transform: none"
             )
         values = np.log(values)
-    bounds = [np.datetime64(settings.val_from, "s"), np.datetime64(settings.test_from, "s")]
-    part = np.searchsorted(np.array(bounds), at.times, side="right")
+    part = np.searchsorted(np.array(settings.bounds), at.times, side="right")
     several = np.isfinite(values).sum(axis=1) >= 2
     parts = {name: np.flatnonzero((part == index) & several) for index, name in enumerate(PARTITIONS)}
     for name, times in parts.items():
@@ -255,12 +260,11 @@ def _harmonics(turns: Array, number: int) -> Array:
     return np.concatenate([np.ones((len(turns), 1)), np.cos(angle), np.sin(angle)], axis=1)
 
 
-def _date(name: str, text: str) -> None:
-    try:
-        if np.isnat(np.datetime64(text, "s")):
-            raise ValueError
-    except ValueError:
-        raise InputError(f"{name} is an ISO date such as 2000-06-01, not {text!r}") from None
+def _date(name: str, text: str) -> np.datetime64:
+    date = moment(text)
+    if date is None:
+        raise InputError(f"{name} is a year or an ISO date of UTC such as 2000-06-01, not {text!r}")
+    return date
 
 
 class InfillNetwork(nn.Module):
