@@ -160,7 +160,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"data": {"unseen": 0.95}}, "data.unseen 0.95 leaves 1 to train on"),
     ({"data": {"test_from": "2009-01-01"}}, "no time of test has values at two stations"),
     ({"data": {"val_from": "2004-03-05"}}, "data.val_from is before test_from"),
-    ({"data": {"val_from": "soon"}}, "data.val_from is an ISO date"),
+    ({"data": {"val_from": "soon"}}, "data.val_from is a year or an ISO date"),
     ({"data": {"year_harmonics": 2}}, "are no year: set data.year_harmonics: 0"),
     ({"data": {"transform": "log"}}, "transform: log is of values above 0"),
     ({"data": {"leave_out": [f"S{n}" for n in range(11)]}}, "has 1 station: a value is inferred"),
