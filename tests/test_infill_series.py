@@ -1,6 +1,7 @@
 """Values at stations that are hidden: who sees what, the methods by hand, and mistakes."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,15 @@ def test_what_is_hidden_or_never_seen_changes_nothing_that_is_inferred(file: Pat
     assert np.abs(other.infer(net, "test") - inferred).max() > 1e-3
 
 
+def test_places_on_both_sides_of_the_dateline_are_near_each_other(file: Path) -> None:
+    series, all_seen = read_series(settings(file)), np.ones(STATIONS, dtype=bool)
+    lon = (series.stations.lon + 168.5 + 180) % 360 - 180
+    assert (lon < 0).any()
+    assert (lon > 0).any()
+    turned = replace(series, stations=replace(series.stations, lon=lon))
+    torch.testing.assert_close(turned.inputs(all_seen, True), series.inputs(all_seen, True), atol=1e-5, rtol=1e-5)
+
+
 def test_heights_reach_the_network_through_its_input_or_not_at_all(file: Path) -> None:
     series = read_series(settings(file))
     seen = ~series.unseen(0.25, 0)
@@ -160,7 +170,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"data": {"unseen": 0.95}}, "data.unseen 0.95 leaves 1 to train on"),
     ({"data": {"test_from": "2009-01-01"}}, "no time of test has values at two stations"),
     ({"data": {"val_from": "2004-03-05"}}, "data.val_from is before test_from"),
-    ({"data": {"val_from": "soon"}}, "data.val_from is a year or an ISO date"),
+    ({"data": {"val_from": "soon"}}, "data.val_from is a year or an ISO date of UTC"),
     ({"data": {"year_harmonics": 2}}, "are no year: set data.year_harmonics: 0"),
     ({"data": {"transform": "log"}}, "transform: log is of values above 0"),
     ({"data": {"leave_out": [f"S{n}" for n in range(11)]}}, "has 1 station: a value is inferred"),

@@ -342,7 +342,7 @@ def _metres(stations: Stations, unit: str | None) -> Array:
         raise InputError(
             f"{stations.source}: no elevation of {_listed(lacking)}: give it in the file, or name them in leave_out"
         )
-    remedy = "name the unit with units: {elevation: ft}, say"
+    remedy = "name the unit, by data.elevation_unit: ft in a comparison, by units={'elevation': 'ft'} in Python, say"
     factor, offset = conversion(HEIGHT, unit or "m", f"elevation in {stations.source}", remedy)
     metres = factor * stations.elevation_m + offset
     for extreme in (metres.min(), metres.max()):
@@ -380,9 +380,8 @@ def _without_marks(values: Array) -> Array:
 
 
 def _check_values(stations: Stations) -> None:
-    endless = np.isinf(stations.values).any(axis=0)
-    if endless.any():
-        bad = [name for name, it in zip(stations.names, endless, strict=True) if it]
+    bad = [name for name, own in zip(stations.names, stations.values.T, strict=True) if np.isinf(own).any()]
+    if bad:
         raise InputError(
             f"{stations.source}: {stations.variable} of {_listed(bad)} is infinite at times: leave those values out"
         )
