@@ -133,6 +133,19 @@ def test_training_reads_training_alone(fields: Fields) -> None:
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+def test_few_times_of_training_are_spread_over_it_and_others_are_not_read(fields: Fields) -> None:
+    assert fields.training(3).tolist() == [0, 30, 59]
+    assert np.array_equal(fields.training(60), fields.training(None))
+    changed = fields.x.copy()
+    changed[np.setdiff1d(fields.parts["train"], fields.training(9))] += 7
+    weights = []
+    for x in (fields.x, changed):
+        net, few = network(fields), Gaps(replace(fields, x=x), 0.75, False, 9)
+        few.fit(net, QUICK, seed=0, keep_best=False, on_step=lambda error: None)
+        weights.append(net.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
 def test_a_hidden_patch_is_the_mean_and_other_channels_say_which_and_how_high(fields: Fields) -> None:
     hidden = torch.zeros(1, 24, dtype=torch.bool)
     hidden[0, 8] = True  # rows 2 and 3, columns 4 and 5
@@ -281,6 +294,26 @@ def test_methods_are_fitted_on_training_alone(root: Path, tmp_path: Path) -> Non
     assert fitted[0] == fitted[1]
 
 
+def test_few_times_of_training_are_arms_of_their_own_and_earlier_runs_stay(root: Path, tmp_path: Path) -> None:
+    few = {"variants": {"none": None}, "pairs": []}
+    compare(written(tmp_path, root, **few), seeds=[0])
+    out = tmp_path / "out"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("run.json")}
+    record = json.loads((out / "withheld_hidden_0.75/runs/none/seed0/run.json").read_text())
+    assert record["configuration"]["arm"] == {"elevation_input": False, "hidden": 0.75}
+    found = compare(written(tmp_path, root, training_times=["all", 9], **few), seeds=[0])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    arms = ["withheld_hidden_0.75", "given_hidden_0.75", "withheld_hidden_0.75_9_times", "given_hidden_0.75_9_times"]
+    assert list(dict.fromkeys(found.results.arm)) == arms
+    record = json.loads((out / arms[2] / "runs/none/seed0/run.json").read_text())
+    assert record["configuration"]["arm"]["times"] == 9
+    fitted = [
+        json.loads((out / f"methods/hidden_0.75{few}/all_seeds/run.json").read_text()) for few in ("", "_9_times")
+    ]
+    assert fitted[0]["parameters"] != fitted[1]["parameters"]
+    assert "## 75 % hidden, trained on 9 times" in found.report
+
+
 def test_on_climax_itself(root: Path, climax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights infer the same on both: ClimaX's own forward, with a channel that is left out."""
     monkeypatch.setenv("CLIMAX_SRC", str(climax))
@@ -317,7 +350,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"model": {"patch_size": 5}}, "patches of 5 pixels do not tile fields of 8 x 12"),
     ({"pairs": [], "variants": {"none": None, "p": {"bias_type": "physics"}}}, "variant 'p': the bias needs wind"),
     ({"pairs": [], "variants": {"none": None, "p": {"bias_type": "phisics"}}}, "variant 'p': unknown bias 'phisics'"),
-    ({"training_days": [60]}, "unknown key 'training_days' in the configuration"),
+    ({"training_days": [60]}, "unknown key 'training_days' in the configuration; valid: .*training_times"),
+    ({"training_times": [61]}, "training_times is at most the 60 times of training, not 61"),
+    ({"training_times": 0}, "training_times is a list of different numbers of times"),
+    ({"training_times": [0]}, "training_times is a whole number of 1 or more"),
 ]
 
 

@@ -1,5 +1,7 @@
 """`climax-elevation compare` with task infill, end to end on the smallest networks."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -59,6 +61,12 @@ def test_both_arms_and_what_weather_services_use_are_reported_and_runs_are_kept(
     capsys.readouterr()
     assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in runs} == runs
+    # methods of other data that are still there are told of before training, not after it
+    for arm in ("withheld", "given"):
+        shutil.rmtree(tmp_path / "out" / arm)
+    assert main(["compare", str(configuration(tmp_path, hidden=0.4)), "--jobs", "1"]) == 2
+    assert "methods/all/seed0 is of other data or settings" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "out").glob("*/runs/*/*"))
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"data": {"year_harmonics": 2}}, "are no year: set data.year_harmonics: 0"),
     ({"data": {"transform": "log"}}, "transform: log is of values above 0"),
     ({"data": {"leave_out": [f"S{n}" for n in range(11)]}}, "has 1 station: a value is inferred"),
+    ({"training_days": 0}, "training_days is a list of different numbers of days"),
     ({"training_days": [60]}, "training_days is at most the 45 days"),
     (
         {"variants": {"none": None, "r": {"bias_type": "ridge"}}},

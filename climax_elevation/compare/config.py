@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from climax_elevation.checks import one_of, text
+from climax_elevation.checks import count, one_of, text
 from climax_elevation.compare.scores import METRICS
 from climax_elevation.compare.significance import StatisticsSettings
 from climax_elevation.compare.strata import StrataSettings
@@ -200,6 +200,15 @@ def fill(kind: type[Settings], given: Any, where: str) -> Settings:
     known = {item.name: item for item in fields(cast(Any, kind))}
     check_keys(given, known, where)
     return kind(**{name: _typed(f"{where}.{name}", value, str(known[name].type)) for name, value in given.items()})
+
+
+def numbers_or_all(name: str, given: Any, of: str) -> tuple[int | None, ...]:
+    """A list of different numbers `of` something, None for "all" of it, which is also what there is without a list."""
+    if given is None:
+        return (None,)
+    if not isinstance(given, list) or not given or len(set(map(str, given))) < len(given):
+        raise InputError(f"{name} is a list of different numbers of {of}, such as [all, 60], not {given!r}")
+    return tuple(None if number == "all" else count(name, number) for number in given)
 
 
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {

@@ -1,7 +1,8 @@
 """`task: gaps`: values of patches that are hidden, inferred from others; everything else equal.
 
 Each variant is trained with every seed twice, with the orography among the channels and without, and with each share of
-`hidden`: an arm is one of these. Beside the networks are the methods of `testbed.interpolation`, at patch means.
+`hidden` and each of `training_times`: an arm is one of these. Beside the networks are the methods of
+`testbed.interpolation`, at patch means.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from torch import nn
 
 from climax_elevation.checks import count, one_of
 from climax_elevation.compare import inference
-from climax_elevation.compare.config import HOSTS, OF_DESIGN, Design, Variant, check_keys, fill, load, read_design
+from climax_elevation.compare.config import (
+    HOSTS,
+    OF_DESIGN,
+    Design,
+    Variant,
+    check_keys,
+    fill,
+    load,
+    numbers_or_all,
+    read_design,
+)
 from climax_elevation.compare.fingerprints import Record, bias_files, data_files, examine, fingerprint, read_records
 from climax_elevation.compare.gaps_report import report
 from climax_elevation.compare.inference import (
@@ -27,9 +38,9 @@ from climax_elevation.compare.inference import (
     ArmTask,
     Key,
     Methods,
+    PlannedMethods,
     Scored,
     Trained,
-    kept_methods,
     records_of,
     scored_methods,
     tables,
@@ -61,9 +72,11 @@ class Arm(inference.Arm):
     Args:
         elevation_input: Whether they have a channel of the orography.
         hidden: Share of the patches that is hidden.
+        times: Of training, spread evenly over it; None: all.
     """
 
     hidden: float
+    times: int | None = None
 
     @property
     def name(self) -> str:
@@ -72,8 +85,8 @@ class Arm(inference.Arm):
 
     @property
     def methods(self) -> str:
-        """The folder of the methods that were fitted with as much hidden."""
-        return f"hidden_{self.hidden:g}"
+        """The folder of the methods that were fitted with as much hidden, to the same times."""
+        return f"hidden_{self.hidden:g}{'' if self.times is None else f'_{self.times}_times'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +96,7 @@ class GapsConfiguration(Design):
     Args:
         data: Fields.
         hidden: Shares of the patches that are hidden.
+        training_times: Numbers of times that are trained on, None for all.
         host: "auto" (ClimaX where there is one, else the stand-in), "climax" or "stand-in".
         model, training: Sizes, and how they are trained.
         strata: How patches are divided by terrain.
@@ -90,6 +104,7 @@ class GapsConfiguration(Design):
 
     data: GapsSettings
     hidden: tuple[float, ...]
+    training_times: tuple[int | None, ...] = (None,)
     host: str = "auto"
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -97,8 +112,9 @@ class GapsConfiguration(Design):
 
     @property
     def arms(self) -> list[Arm]:
-        """As much hidden as is told first, first."""
-        return [Arm(told, hidden) for hidden in self.hidden for told in (False, True)]
+        """As much hidden as is told first, first, and then as many times."""
+        kinds = [(hidden, times) for hidden in self.hidden for times in self.training_times]
+        return [Arm(told, *kind) for kind in kinds for told in (False, True)]
 
 
 def read_gaps(
@@ -110,7 +126,9 @@ def read_gaps(
 ) -> GapsConfiguration:
     """Read the YAML file of a comparison at hidden patches; arguments and errors as `read_configuration` has them."""
     given = load(Path(path))
-    check_keys(given, OF_DESIGN | {"host", "hidden", "model", "training", "strata"}, "the configuration")
+    check_keys(
+        given, OF_DESIGN | {"host", "hidden", "training_times", "model", "training", "strata"}, "the configuration"
+    )
     design = read_design(given, path, out=out, seeds=seeds, variants=variants)
     hidden = given.get("hidden")
     if not isinstance(hidden, list) or not hidden or len(set(map(str, hidden))) < len(hidden):
@@ -123,6 +141,7 @@ def read_gaps(
         metric=one_of("metric", given.get("metric", "rmse_standardised"), METRICS),
         data=fill(GapsSettings, given["data"], "data"),
         hidden=tuple(check_hidden(share) for share in hidden),
+        training_times=numbers_or_all("training_times", given.get("training_times"), "times"),
         host=one_of("host", given.get("host", "auto"), HOSTS),
         model=fill(ModelSettings, given.get("model"), "model"),
         training=fill(TrainingSettings, given.get("training"), "training"),
@@ -156,7 +175,7 @@ class GapsTask(ArmTask):
             )
 
     def on(self, data: Fields) -> Gaps:
-        return Gaps(data, self.arm.hidden, self.arm.elevation_input)
+        return Gaps(data, self.arm.hidden, self.arm.elevation_input, self.arm.times)
 
     def trained(self, on_step: Callable[[float | None], None]) -> Trained:
         fields = read_fields(self.data, self.model.patch_size)
@@ -225,6 +244,8 @@ def _compare(configuration: GapsConfiguration, jobs: int) -> Comparison:
     fields = read_fields(configuration.data, configuration.model.patch_size)
     for share in configuration.hidden:
         fields.number_hidden(share)
+    for times in configuration.training_times:
+        fields.training(times)
     files = _examine(configuration, read_records(configuration.out / FILES))
     tasks = _tasks(configuration, files, climax, host)
 
@@ -240,15 +261,18 @@ def _compare(configuration: GapsConfiguration, jobs: int) -> Comparison:
             *np.quantile(patch_means(fields.ground_m[None], fields.patch_size), [0, 1]),
         )
 
-    train_missing(configuration, tasks, files, lambda known: _examine(configuration, known), check, jobs)
     strata = patch_strata(fields, configuration.strata)
     scored = Scored(configuration.data.variable, fields.std, tuple(strata), host)
     data = fingerprint(files["data"])
-    methods: dict[Key, Methods] = {
+    planned: dict[Key, PlannedMethods] = {
         (arm.methods, None): _methods(configuration, fields, strata, arm, data, scored)
         for arm in configuration.arms
         if arm.elevation_input
     }
+    train_missing(
+        configuration, tasks, files, lambda known: _examine(configuration, known), check, planned.values(), jobs
+    )
+    methods = {key: each.kept() for key, each in planned.items()}
     table, differing = tables(configuration, tasks, methods, scored)
     fitted = {key: kept.parameters for key, kept in methods.items()}
     text = report(configuration, fields, host, records_of(tasks), table, differing, fitted)
@@ -266,7 +290,7 @@ def _examine(configuration: GapsConfiguration, known: dict[str, Record]) -> dict
 def _tasks(
     configuration: GapsConfiguration, files: dict[str, Record], climax: Source | None, host: str
 ) -> list[GapsTask]:
-    """Share after share that is hidden, then variant after variant in both arms."""
+    """Share after share that is hidden, as many times after as many, then variant after variant in both arms."""
     common = {
         "data": {**_named(configuration.data), "fingerprint": fingerprint(files["data"])},
         "host": host,
@@ -278,7 +302,7 @@ def _tasks(
 
     def identity(variant: Variant, arm: Arm, seed: int) -> dict[str, Any]:
         own = variant_identity(variant, files["biases"])
-        return plain({**common, "arm": asdict(arm), "variant": own, "seed": seed})
+        return plain({**common, "arm": _defined(asdict(arm)), "variant": own, "seed": seed})
 
     return [
         GapsTask(
@@ -294,10 +318,10 @@ def _tasks(
             climax=climax,
             configuration=identity(variant, arm, seed),
         )
-        for share in configuration.hidden
+        for kind in dict.fromkeys(arm.methods for arm in configuration.arms)
         for variant in configuration.variants
         for arm in configuration.arms
-        if arm.hidden == share
+        if arm.methods == kind
         for seed in configuration.seeds
     ]
 
@@ -305,6 +329,11 @@ def _tasks(
 def _named(data: GapsSettings) -> dict[str, Any]:
     """Settings of the data but for the path, in whose place is what the files hold."""
     return {name: value for name, value in asdict(data).items() if name != "root_dir"}
+
+
+def _defined(identity: dict[str, Any]) -> dict[str, Any]:
+    """But for what is None: an arm of all times is told apart as before there were others."""
+    return {name: value for name, value in identity.items() if value is not None}
 
 
 def _check(fields: Fields, tasks: Iterable[GapsTask]) -> None:
@@ -318,13 +347,13 @@ def _check(fields: Fields, tasks: Iterable[GapsTask]) -> None:
 
 def _methods(
     configuration: GapsConfiguration, fields: Fields, strata: dict[str, Mask], arm: Arm, data: str, scored: Scored
-) -> Methods:
-    """What is no network, fitted on up to `TIMES_FITTED` times of training; the same for all seeds."""
+) -> PlannedMethods:
+    """What is no network, fitted on up to `TIMES_FITTED` of the arm's times of training; the same for all seeds."""
     places, sets = fields.places(), configuration.data.sets
 
     def compute() -> Methods:
         random = np.random.RandomState(SEED_OF_METHODS)
-        x = fields.means("train")
+        x = patch_means(fields.x[fields.training(arm.times)], fields.patch_size)
         if len(x) > TIMES_FITTED:
             x = x[random.choice(len(x), TIMES_FITTED, replace=False)]
         hidden = random.random_sample(x.shape).argsort(axis=1) < fields.number_hidden(arm.hidden)
@@ -340,9 +369,10 @@ def _methods(
         return scored_methods(fitted, places, {part: of_sets(part) for part in PARTS}, scores)
 
     identity = {
+        **_defined({"times": arm.times}),
         "data": {**_named(configuration.data), "fingerprint": data},
         "patch_size": fields.patch_size,
         "strata": asdict(configuration.strata),
         "hidden": arm.hidden,
     }
-    return kept_methods(configuration.out / METHODS / arm.methods / "all_seeds", identity, scored, compute)
+    return PlannedMethods(configuration.out / METHODS / arm.methods / "all_seeds", identity, scored, compute)

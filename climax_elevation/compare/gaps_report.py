@@ -45,10 +45,11 @@ def report(
     strata = [name for name in table.stratum.unique() if name]
     by_terrain = [name for name in strata if name != ALL]
     sections = [_setting(configuration, fields, host, records)]
-    for share in configuration.hidden:
-        arms = [arm for arm in configuration.arms if arm.hidden == share]
+    for kind in dict.fromkeys(arm.methods for arm in configuration.arms):
+        arms = [arm for arm in configuration.arms if arm.methods == kind]
+        trained_on = "" if arms[0].times is None else f", trained on {arms[0].times} times"
         sections += [
-            f"## {100 * share:g} % hidden",
+            f"## {100 * arms[0].hidden:g} % hidden{trained_on}",
             scores(table, arms, [ALL], ""),
             fitted_on_training(arms[0].methods, fitted),
         ]

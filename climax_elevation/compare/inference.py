@@ -206,6 +206,7 @@ def train_missing(
     files: dict[str, Record],
     examine: Callable[[dict[str, Record]], dict[str, Record]],
     check: Callable[[Sequence[Run]], None],
+    methods: Iterable[PlannedMethods],
     jobs: int,
 ) -> None:
     """Run what is not there, once all of it is known to work; networks this small gain nothing on GPUs.
@@ -216,6 +217,7 @@ def train_missing(
         files: What they depend on, "data" and more, as `examine` has just found it.
         examine: What the files hold, given what they held.
         check: Raises InputError if one of the runs that are to do cannot be.
+        methods: That come after them.
         jobs: How many at a time.
     """
     out, before = configuration.out, read_records(configuration.out / FILES)
@@ -223,6 +225,8 @@ def train_missing(
     for arm in arms:
         own = [task for task in tasks if task.arm.name == arm.name]
         check_stored(out / arm.name, own, before.get("data", {}), files["data"])
+    for planned in methods:
+        planned.check()
     to_do = [task for task in tasks if not task.done]
     check(to_do)
     for folder in (METHODS, *(f"{arm.name}/{RUNS}" for arm in arms)):
@@ -242,27 +246,40 @@ def train_missing(
         check_unchanged(files, examine(files), to_do)
 
 
-def kept_methods(folder: Path, identity: dict[str, Any], scored: Scored, compute: Callable[[], Methods]) -> Methods:
-    """Methods that were fitted before, or are now.
+@dataclass(frozen=True)
+class PlannedMethods:
+    """Methods that were fitted before, or are to be.
 
-    Args:
+    Attributes:
         folder: Where they are, or go.
         identity: All that defines them.
         scored: What they are scored on.
         compute: Fits and scores.
     """
-    wanted = plain(identity)
-    if (folder / RECORD).is_file():
-        record = json.loads((folder / RECORD).read_text())
-        if record["configuration"] == wanted:
-            return Methods(record["parameters"], load_samples(folder / SAMPLES))
-        raise InputError(f"{folder} is of other data or settings: give another --out, or remove what is there")
-    methods = compute()
-    with whole_run(folder) as partial:
-        save_samples(partial / SAMPLES, methods.samples, [scored.variable], scored.strata)
-        record = {"configuration": wanted, "parameters": methods.parameters}
-        (partial / RECORD).write_text(json.dumps(record, indent=2))
-    return methods
+
+    folder: Path
+    identity: dict[str, Any]
+    scored: Scored
+    compute: Callable[[], Methods]
+
+    def check(self) -> None:
+        """Raise InputError if others are there."""
+        record = self.folder / RECORD
+        if record.is_file() and json.loads(record.read_text())["configuration"] != plain(self.identity):
+            raise InputError(f"{self.folder} is of other data or settings: give another --out, or remove what is there")
+
+    def kept(self) -> Methods:
+        """Those of the folder, fitted first where there are none."""
+        self.check()
+        if (self.folder / RECORD).is_file():
+            record = json.loads((self.folder / RECORD).read_text())
+            return Methods(record["parameters"], load_samples(self.folder / SAMPLES))
+        methods = self.compute()
+        with whole_run(self.folder) as partial:
+            save_samples(partial / SAMPLES, methods.samples, [self.scored.variable], self.scored.strata)
+            record = {"configuration": plain(self.identity), "parameters": methods.parameters}
+            (partial / RECORD).write_text(json.dumps(record, indent=2))
+        return methods
 
 
 def scored_methods(

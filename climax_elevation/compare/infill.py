@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from climax_elevation.checks import count, one_of
 from climax_elevation.compare import inference
-from climax_elevation.compare.config import OF_DESIGN, Design, check_keys, fill, load, read_design
+from climax_elevation.compare.config import OF_DESIGN, Design, check_keys, fill, load, numbers_or_all, read_design
 from climax_elevation.compare.fingerprints import Record, examine, fingerprint, read_records
 from climax_elevation.compare.inference import (
     METHODS,
@@ -25,9 +25,9 @@ from climax_elevation.compare.inference import (
     ArmTask,
     Key,
     Methods,
+    PlannedMethods,
     Scored,
     Trained,
-    kept_methods,
     records_of,
     scored_methods,
     tables,
@@ -114,16 +114,13 @@ def read_infill(
     given = load(Path(path))
     check_keys(given, OF_DESIGN | {"model", "training", "training_days"}, "the configuration")
     design = read_design(given, path, out=out, seeds=seeds, variants=variants)
-    days = given.get("training_days") or ["all"]
-    if not isinstance(days, list) or len(set(map(str, days))) < len(days):
-        raise InputError(f"training_days is a list of different numbers of days, such as [all, 60], not {days!r}")
     return InfillConfiguration(
         **design,
         metric=one_of("metric", given.get("metric", "rmse_standardised"), METRICS),
         data=fill(InfillSettings, given["data"], "data"),
         model=fill(InfillModel, given.get("model"), "model"),
         training=fill(TrainingSettings, given.get("training"), "training"),
-        training_days=tuple(None if day == "all" else count("training_days", day) for day in days),
+        training_days=numbers_or_all("training_days", given.get("training_days"), "days"),
     )
 
 
@@ -211,14 +208,17 @@ def _compare(configuration: InfillConfiguration, jobs: int) -> Comparison:
             at.elevation_m.max(),
         )
 
-    train_missing(configuration, tasks, files, lambda known: _examine(configuration, known), check, jobs)
     scored = Scored(at.variable, series.std, STRATA, "infill")
-    methods: dict[Key, Methods] = {
+    planned: dict[Key, PlannedMethods] = {
         (arm.methods, seed): _methods(configuration, series, arm, seed, fingerprint(files["data"]), scored)
         for arm in configuration.arms
         if arm.elevation_input
         for seed in configuration.seeds
     }
+    train_missing(
+        configuration, tasks, files, lambda known: _examine(configuration, known), check, planned.values(), jobs
+    )
+    methods = {key: each.kept() for key, each in planned.items()}
     table, differing = tables(configuration, tasks, methods, scored)
     fitted = {key: kept.parameters for key, kept in methods.items()}
     text = report(configuration, series, records_of(tasks), table, differing, fitted)
@@ -287,7 +287,7 @@ def _check(configuration: InfillConfiguration, series: Series, tasks: Iterable[I
 
 def _methods(
     configuration: InfillConfiguration, series: Series, arm: Arm, seed: int, data: str, scored: Scored
-) -> Methods:
+) -> PlannedMethods:
     """What is no network, fitted at stations that training sees, on up to `MOST_TIMES_FITTED` of its times."""
     infill = Infill(
         series, series.unseen(configuration.data.unseen, seed), True, series.days(arm.days), series.terrain()
@@ -307,4 +307,4 @@ def _methods(
         return scored_methods(fitted, places, visible, lambda inferred, part: sums(infill, inferred, part))
 
     identity = {"data": {**_named(configuration.data), "fingerprint": data}, "days": arm.days, "seed": seed}
-    return kept_methods(configuration.out / METHODS / arm.methods / f"seed{seed}", identity, scored, compute)
+    return PlannedMethods(configuration.out / METHODS / arm.methods / f"seed{seed}", identity, scored, compute)

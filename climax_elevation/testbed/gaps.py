@@ -145,6 +145,15 @@ class Fields:
         """Patch means of a part, `[T, L]`."""
         return patch_means(self.x[self.parts[part]], self.patch_size)
 
+    def training(self, number: int | None) -> NDArray[np.int64]:
+        """Times of training; with a number, so many, spread evenly over it."""
+        train = self.parts["train"]
+        if number is None:
+            return train
+        if number > len(train):
+            raise InputError(f"training_times is at most the {len(train)} times of training, not {number}")
+        return train[np.linspace(0, len(train) - 1, number).round().astype(int)]
+
     def number_hidden(self, share: float) -> int:
         """How many patches are hidden at each time; InputError if that is all or none."""
         number = round(share * self.patches)
@@ -314,11 +323,13 @@ class Gaps:
         fields: Of all times.
         hidden: Share of the patches that is.
         elevation_input: Whether the network has a channel of the orography.
+        times: Of training, as `Fields.training` takes it.
     """
 
     fields: Fields
     hidden: float
     elevation_input: bool
+    times: int | None = None
 
     def fit(
         self,
@@ -340,7 +351,7 @@ class Gaps:
         """
         random = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        times = torch.from_numpy(self.fields.parts["train"])
+        times = torch.from_numpy(self.fields.training(self.times))
         number, patches = self.fields.number_hidden(self.hidden), self.fields.patches
 
         def learn() -> None:
