@@ -170,6 +170,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_training(tmp_path: Path) ->
         demo(tmp_path / "file" / "demo")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["adaptive", "advection", "physics", "relative_2d", "ridge froude", "sum of three"])
 def test_any_bias_can_be_shown(tmp_path: Path, case: str) -> None:
     name, arguments = EVERY_BIAS[case]
