@@ -226,7 +226,7 @@ def train_missing(
         own = [task for task in tasks if task.arm.name == arm.name]
         check_stored(out / arm.name, own, before.get("data", {}), files["data"])
     for planned in methods:
-        planned.check()
+        planned.record()
     to_do = [task for task in tasks if not task.done]
     check(to_do)
     for folder in (METHODS, *(f"{arm.name}/{RUNS}" for arm in arms)):
@@ -262,18 +262,20 @@ class PlannedMethods:
     scored: Scored
     compute: Callable[[], Methods]
 
-    def check(self) -> None:
-        """Raise InputError if others are there."""
-        record = self.folder / RECORD
-        if record.is_file() and json.loads(record.read_text())["configuration"] != plain(self.identity):
+    def record(self) -> dict[str, Any] | None:
+        """Of the folder's, None where there are none; InputError if others are there."""
+        path = self.folder / RECORD
+        if not path.is_file():
+            return None
+        record: dict[str, Any] = json.loads(path.read_text())
+        if record["configuration"] != plain(self.identity):
             raise InputError(f"{self.folder} is of other data or settings: give another --out, or remove what is there")
+        return record
 
     def kept(self) -> Methods:
         """Those of the folder, fitted first where there are none."""
-        self.check()
-        if (self.folder / RECORD).is_file():
-            record = json.loads((self.folder / RECORD).read_text())
-            return Methods(record["parameters"], load_samples(self.folder / SAMPLES))
+        if (found := self.record()) is not None:
+            return Methods(found["parameters"], load_samples(self.folder / SAMPLES))
         methods = self.compute()
         with whole_run(self.folder) as partial:
             save_samples(partial / SAMPLES, methods.samples, [self.scored.variable], self.scored.strata)

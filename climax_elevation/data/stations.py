@@ -20,7 +20,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from climax_elevation.data.sentinels import sentinel
+from climax_elevation.data.sentinels import without_sentinels
 from climax_elevation.data.source import open_netcdf
 from climax_elevation.data.times import moment
 from climax_elevation.errors import InputError
@@ -112,7 +112,8 @@ def read_stations(
             raise InputError(f"units names the unit of elevation alone, since values keep theirs, not of {name!r}")
     found = _read_csv(path, variable) if path.suffix.lower() == ".csv" else _read_netcdf(path, variable)
     stations, unit = found
-    stations = _left(replace(stations, values=_without_marks(stations.values)), list(leave_out))
+    values = without_sentinels(xr.DataArray(stations.values)).to_numpy()
+    stations = _left(replace(stations, values=values), list(leave_out))
     _check_names(stations)
     unit = given.get("elevation", unit)
     stations = replace(stations, elevation_m=_metres(stations, unit))
@@ -370,13 +371,6 @@ def _check_places(stations: Stations) -> None:
                 f"{stations.source}: {other!r} and {name!r} are at the same place, and one would tell the other's "
                 "value: name one of them in leave_out"
             )
-
-
-def _without_marks(values: Array) -> Array:
-    """`values` with NaN for the numbers that stand for gaps."""
-    while (mark := sentinel(values)) is not None:
-        values = np.where(values == mark, np.nan, values)
-    return values
 
 
 def _check_values(stations: Stations) -> None:

@@ -334,8 +334,7 @@ class TerrainReader(nn.Module):
             moved = (channel - channel[:1]).detach().abs().amax() * self.land_std
             channel = channel[:1]
         land = downsample_elevation(channel, self.patch_size) * self.land_std + self.land_mean
-        numbers = torch.stack([*land.detach().aminmax(), moved])
-        return judged(land, numbers, _check_land, f"channel {self.land_variable!r}")
+        return judged_land(land, f"channel {self.land_variable!r}", moved)
 
     # ---- checks, at every forward --------------------------------------------------------------
 
@@ -461,10 +460,17 @@ def judged_terrain(
     return judged(terrain.elevation_m, numbers, _check_values, origin, channel, winds, flat)
 
 
-def judged_land(land: Tensor, origin: str) -> Tensor:
-    """The share of land, judged like the elevation of `judged_terrain`: whether it is within 0 to 1."""
+def judged_land(land: Tensor, origin: str, moved: Tensor | None = None) -> Tensor:
+    """The share of land, judged like the elevation of `judged_terrain`: whether it is within 0 to 1.
+
+    Args:
+        land: The share, `[B or 1, L]`.
+        origin: Where it comes from, as errors name it.
+        moved: How far it differs between samples where it must not; None: it may.
+    """
     values = land.detach().float()
-    return judged(land, torch.stack([*values.aminmax(), values.new_zeros(())]), _check_land, origin)
+    moved = values.new_zeros(()) if moved is None else moved
+    return judged(land, torch.stack([*values.aminmax(), moved]), _check_land, origin)
 
 
 def no_channel(like: Tensor) -> list[Tensor]:

@@ -40,7 +40,7 @@ from climax_elevation.options import AttachOptions
 from climax_elevation.terrain.fields import downsample_elevation, patch_centres
 from climax_elevation.testbed.fit import ModelSettings, TrainingSettings, build_network
 from climax_elevation.testbed.interpolation import Places
-from climax_elevation.testbed.masked import MaskedFit, fit_masked
+from climax_elevation.testbed.masked import MaskedFit, fit_masked, spread_evenly
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -148,11 +148,7 @@ class Fields:
     def training(self, number: int | None) -> NDArray[np.int64]:
         """Times of training; with a number, so many, spread evenly over it."""
         train = self.parts["train"]
-        if number is None:
-            return train
-        if number > len(train):
-            raise InputError(f"training_times is at most the {len(train)} times of training, not {number}")
-        return train[np.linspace(0, len(train) - 1, number).round().astype(int)]
+        return train if number is None else spread_evenly(train, number, "training_times", "times")
 
     def number_hidden(self, share: float) -> int:
         """How many patches are hidden at each time; InputError if that is all or none."""

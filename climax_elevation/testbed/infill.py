@@ -30,7 +30,7 @@ from climax_elevation.terrain.controls import controlled, shuffled
 from climax_elevation.terrain.fields import Terrain
 from climax_elevation.terrain.sphere import eastward
 from climax_elevation.testbed.fit import TrainingSettings
-from climax_elevation.testbed.masked import MaskedFit, fit_masked
+from climax_elevation.testbed.masked import MaskedFit, fit_masked, spread_evenly
 
 logger = logging.getLogger(__name__)
 
@@ -141,11 +141,7 @@ class Series:
         if number is None:
             return train
         day = self.stations.times[train].astype("datetime64[D]")
-        known = np.unique(day)
-        if number > len(known):
-            raise InputError(f"training_days is at most the {len(known)} days of training, not {number}")
-        kept = known[np.linspace(0, len(known) - 1, number).round().astype(int)]
-        return train[np.isin(day, kept)]
+        return train[np.isin(day, spread_evenly(np.unique(day), number, "training_days", "days"))]
 
     def unseen(self, share: float, seed: int) -> Mask:
         """Stations that training never sees, `[S]`: one from each stretch of 1 / share stations in order of height."""

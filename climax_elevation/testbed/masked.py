@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from climax_elevation.bias import ElevationBias
+from climax_elevation.errors import InputError
 from climax_elevation.host.module import NOT_DECAYED
 from climax_elevation.testbed.fit import WARM_UP_SHARE, TrainingSettings, bias_scalars
 
@@ -33,6 +35,13 @@ class MaskedFit:
     curve: list[tuple[int, float]]
     seconds_a_step: float
     scalars: dict[str, tuple[float, float]]
+
+
+def spread_evenly(known: NDArray[Any], number: int, setting: str, of: str) -> NDArray[Any]:
+    """So many of what is `known` of training, spread evenly; InputError, naming `setting`, where there are fewer."""
+    if number > len(known):
+        raise InputError(f"{setting} is at most the {len(known)} {of} of training, not {number}")
+    return known[np.linspace(0, len(known) - 1, number).round().astype(int)]
 
 
 def fit_masked(
